@@ -1,0 +1,165 @@
+"""Real Git in temporary repositories, real child processes; nothing of the program's own is mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "agent_runner.py"
+# A gate that costs a few milliseconds, for tests whose subject is not the gate.
+CHEAP_GATE = f"{shlex.quote(sys.executable)} -S -c pass"
+
+
+@pytest.fixture(autouse=True)
+def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A HOME, a cache, a Git configuration and an environment of the test's own."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("GIT_", "AGENT_", "XDG_", "GH_", "GITHUB_", "GITLAB_", "ACTIONS_", "CI_", "PYTEST_ADDOPTS")
+        ):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
+    return home
+
+
+class Result(NamedTuple):
+    """What a run of the program left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The report of a run with --json."""
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+
+class Repository:
+    """A temporary repository of a user's, with the handful of questions that the tests ask."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def git(self, *words: str, check: bool = True) -> str:
+        done = subprocess.run(["git", "-C", str(self.path), *words], capture_output=True, check=False)
+        assert not check or done.returncode == 0, done.stderr.decode()
+        return os.fsdecode(done.stdout).strip()
+
+    def write(self, name: str, text: str, *, mode: int | None = None) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        if mode is not None:
+            path.chmod(mode)
+        return path
+
+    def commit(self, message: str = "work") -> str:
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def run(self, *words: str, agent: str | None = None, cwd: str = "", env: dict[str, str] | None = None) -> Result:
+        """Run the program as its users do: as a child process, in the repository."""
+        environ = dict(os.environ) | (env or {})
+        if agent is not None:
+            environ["AGENT_CMD"] = agent
+        argv = [sys.executable, str(PROGRAM), *words]
+        done = subprocess.run(
+            argv, cwd=self.path / cwd, env=environ, capture_output=True, stdin=subprocess.DEVNULL, timeout=120
+        )
+        return Result(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+
+    def state(self) -> dict[str, str]:
+        """All that a run must leave alone: refs, HEAD, index, configuration, hooks, and every file of the checkout.
+
+        Refs and records of the program's own (`agent/…`, `refs/agent-runner/…`) are left out.
+        """
+        refs = [
+            line for line in self.git("show-ref", "--head", check=False).splitlines() if "agent-runner/" not in line
+        ]
+        found = {"refs": "\n".join(refs), "HEAD": self.git("symbolic-ref", "-q", "HEAD", check=False)}
+        found["index"] = self.git("ls-files", "-s", "-v")
+        found["stash"] = self.git("stash", "list")
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path).as_posix()
+            inside = name.startswith(".git/")
+            if not file.is_dir() and (not inside or name in (".git/config", ".git/info/exclude") or "/hooks/" in name):
+                found[name] = os.readlink(file) if file.is_symlink() else file.read_bytes().hex()
+        return found
+
+    def tree(self, ref: str) -> str:
+        return self.git("rev-parse", f"{ref}^{{tree}}")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repository:
+    """A small app with a passing test, committed on `main`."""
+    made = Repository(tmp_path / "app")
+    made.path.mkdir()
+    made.git("init", "-q", "-b", "main")
+    made.git("config", "user.name", "Ada")
+    made.git("config", "user.email", "ada@example.invalid")
+    made.write("calc.py", "def double(x):\n    return x * 2\n")
+    made.write("test_calc.py", "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n")
+    made.write("issue.md", "# Triple a number\n\n`triple(x)` in calc.py returns three times x.\n")
+    made.commit("start")
+    return made
+
+
+@pytest.fixture
+def broken(repo: Repository) -> Repository:
+    """The same app with a bug that its committed test shows."""
+    repo.write("calc.py", "def double(x):\n    return x + 2\n")
+    repo.commit("break it")
+    return repo
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Any:
+    """Make an agent of a few lines: Python by default, a shell script if its text starts with #!."""
+    made = []
+
+    def make(text: str, *, arguments: str = "") -> str:
+        text = textwrap.dedent(text).lstrip()
+        shell = text.startswith("#!")
+        path = tmp_path / f"agent-{len(made)}{'.sh' if shell else '.py'}"
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+        made.append(path)
+        words = [str(path)] if shell else [sys.executable, "-S", str(path)]
+        return f"{shlex.join(words)} {arguments}".strip()
+
+    return make
+
+
+def bwrap_works() -> bool:
+    """Does the kernel level work on this machine?"""
+    words: Sequence[str] = (
+        "bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"
+    )  # fmt: skip
+    return bool(shutil.which("bwrap")) and subprocess.run(words, capture_output=True).returncode == 0
+
+
+needs_bwrap = pytest.mark.skipif(not bwrap_works(), reason="bubblewrap does not work here")
+# Both levels of the guard, where this machine has both.
+LEVELS = [pytest.param("off", id="no-kernel"), pytest.param("require", id="kernel", marks=needs_bwrap)]
