@@ -263,9 +263,8 @@ class Ending(NamedTuple):
 
 CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: cursor, colour, modes
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC, DCS and the like: title, clipboard
-    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]",
-    re.DOTALL,
+    r"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"  # OSC, DCS and the like: title, clipboard
+    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]"
 )
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
@@ -408,8 +407,8 @@ def call(
 
 def become_subreaper() -> None:
     """Have orphaned descendants handed to us (Linux), so that a double fork does not escape the end."""
+    _ours.update(pid for pid, (parent, _) in process_table().items() if parent == os.getpid())
     if LINUX:
-        _ours.update(pid for pid, (parent, _) in process_table().items() if parent == os.getpid())
         import ctypes
 
         ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, prctl(2)
@@ -457,14 +456,19 @@ def signal_tree(process: subprocess.Popen[bytes], signum: int, *, spare_root: bo
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process, its group and every descendant, those that left the group included."""
-    deadline = time.monotonic() + GRACE
     if not WINDOWS:
         with contextlib.suppress(OSError):  # the group outlives its leader
             os.killpg(process.pid, signal.SIGKILL)
     elif process.poll() is None:
         process.kill()
     process.wait()
-    while strays := [s for s in stray_processes(process.pid) if s[0] != process.pid]:
+    end_strays(process.pid)
+
+
+def end_strays(of: int = 0) -> None:
+    """Kill what is left of a process that has ended, and orphans that nobody here waits for."""
+    deadline = time.monotonic() + GRACE
+    while strays := [stray for stray in stray_processes(of) if stray[0] != of]:
         for pid, parent, state in strays:
             with contextlib.suppress(OSError):
                 if state == "Z" and parent == os.getpid():
@@ -899,6 +903,20 @@ def namespace_args() -> list[str]:
     return args + (["--uid", "1000", "--gid", "1000"] if os.getuid() == 0 else [])
 
 
+def remote_addresses(repo: Repo) -> list[str]:
+    """The addresses of the repository's remotes, those for pushing included."""
+    if not repo.common_dir:
+        return []
+    listing = git(repo, "config", "--get-regexp", "-z", r"^remote\..*\.(push)?url$", check=False).split("\0")
+    return sorted({line.partition("\n")[2] for line in listing} - {""})
+
+
+def local_remotes(repo: Repo) -> list[Path]:
+    """Remotes that are folders of this machine."""
+    places = [repo.top / address.removeprefix("file://") for address in remote_addresses(repo)]
+    return [path.resolve() for path in places if path.is_dir() and path != repo.top]
+
+
 def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
     """Write hook, shims and conditional configuration; the Git configuration that puts them in force."""
     hooks, shims = folder / "hooks", folder / "bin"
@@ -911,11 +929,7 @@ def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
         path.write_text(text, "utf-8", newline="\n")
         path.chmod(0o755)
     config = {"credential.helper": "", "core.askPass": str(shims / "ssh-refused")}
-    addresses = set()
-    if repo.common_dir:
-        for line in git(repo, "config", "--get-regexp", "-z", r"^remote\..*\.(push)?url$", check=False).split("\0"):
-            addresses.add(line.partition("\n")[2])
-    for address in sorted(addresses - {""}):
+    for address in sorted({*remote_addresses(repo), *map(str, local_remotes(repo))}):
         nowhere = f"url.file:///refused-by-agent_runner/{hashlib.sha256(address.encode()).hexdigest()[:8]}/"
         config[f"{nowhere}.insteadOf"] = config[f"{nowhere}.pushInsteadOf"] = address
     if repo.common_dir and not kernel:
@@ -1057,6 +1071,8 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     interpreter = (interpreter_of(python) if python else None) or Path(sys.executable)
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
+    folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != Path.home() / ".local"}
+    folders.add(Path(os.path.abspath(__file__)))
     folders.add(Path(os.environ.get("PYTHONUSERBASE") or Path.home() / ".local") / "lib")
     ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
     return ground if run.bwrap or not run.repo.common_dir else survey_imports(run, interpreter, ground)
@@ -1186,7 +1202,7 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
         if path.exists():
             args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
-    mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff"))
+    mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *local_remotes(run.repo)))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
     for path in other_checkouts(run.repo):
@@ -1254,6 +1270,10 @@ def take_snapshot(repo: Repo) -> Snapshot:
         return Snapshot("", {}, {str(__file__): file_hash(Path(__file__))})
     listing = git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(symref)")
     refs = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in listing.splitlines()}
+    for remote in local_remotes(repo):
+        for line in git(repo, "ls-remote", "--refs", str(remote), check=False).splitlines():
+            commit, _, ref = line.partition("\t")
+            refs[f"{remote}\t{ref}"] = commit
     head = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
     home = Path.home()
     paths = [
@@ -1307,9 +1327,12 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
             or is_fetched_tag(run, ref, after)
             or (ref.startswith(("refs/heads/agent/", "refs/agent-runner/")) and (new or old).split(" ")[0] in known)
         )
-        name, change = (shlex.quote(ref), "created" if not old else "deleted" if not new else f"moved from {old[:10]}")
-        undo = f"git update-ref {name} {old.split(' ')[0]}" if old else f"git update-ref -d {name}"
-        moved.append(Moved(f"{ref} was {change}", not run.bwrap and not theirs, undo))
+        place, _, name = ref.rpartition("\t")
+        command = f"git{f' -C {shlex.quote(place)}' if place else ''} update-ref"
+        change = "created" if not old else "deleted" if not new else f"moved from {old[:10]}"
+        undo = f"{command} {shlex.quote(name)} {old.split(' ')[0]}" if old else f"{command} -d {shlex.quote(name)}"
+        what = f"{name}{f' of {place}' if place else ''} was {change}"
+        moved.append(Moved(what, not run.bwrap and not theirs, undo))
     for path in sorted(before.files.keys() | after.files.keys()):
         if before.files.get(path, "") != after.files.get(path, ""):
             saved = run.saved_files.get(path)
@@ -1390,8 +1413,7 @@ class Run:
         self.lock = lock_folder(self.folder)
         self.private = PrivateGit(self.repo, self.folder)
         self.git_guard = write_guard(self.folder / "guard", self.repo, kernel=bool(self.bwrap))
-        if not self.bwrap:
-            become_subreaper()
+        become_subreaper()
 
     def open_record(self) -> Path:
         """Make the folder that outlives the run, named by time and slug."""
@@ -1442,8 +1464,9 @@ class Run:
         return Clone(top, top, self.folder / "index-place", (status.st_dev, status.st_ino))
 
     def close(self) -> None:
-        """Remove the run's folder."""
+        """End what a signal may have left running, and remove the run's folder."""
         if self.lock:
+            end_strays()
             remove_folder(self.folder)
             self.lock.close()
 
@@ -3489,7 +3512,7 @@ def announce(run: Run) -> None:
     say(f"  agent: {agent}")
 
 
-def supervise(run: Run) -> Ending:
+def supervise(run: Run, signals: Signals) -> Ending:
     """One run from its checks to its outcome; whatever stops it on the way, the agent's work is kept."""
     prepare(run)
     announce(run)
@@ -3499,7 +3522,9 @@ def supervise(run: Run) -> Ending:
     run.repo = run.private.repo = run.repo._replace(config=run.private.config)
     flow = issue_to_pr if run.settings.command == "issue-to-pr" else self_heal
     try:
-        return conclude(run, flow(run))
+        ending = flow(run)
+        signals.shielded = True  # a proposal is made whole, or not at all
+        return conclude(run, ending)
     except Interrupted as signal_seen:
         ending = Ending("interrupted", "ended by a signal", exit_code=128 + int(signal_seen.args[0]))
     except Refusal as error:
@@ -3583,7 +3608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             settings = parse_settings(words)
             run = Run(settings, find_repo(Path.cwd()), console)
-            ending = supervise(run)
+            ending = supervise(run, signals)
         except Refusal as error:
             ending = Ending("refused", str(error))
         except Interrupted as signal_seen:
