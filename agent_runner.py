@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -57,6 +58,7 @@ FAULT = 70  # EX_SOFTWARE of sysexits(3)
 GIT_NEEDED = (2, 34)
 ISSUE_LIMIT = 1 << 20  # bytes
 KEPT_BYTES = 1 << 16  # of an output, at its head and again at its tail
+READ_LIMIT = 20_000_000  # bytes of one changed file; a larger one is shown, not read
 SHOWN_LINES = 200  # of an agent's output, before only the record gets it
 BRIEF_LINES = 60  # of a failed command's output in a brief, head and tail together
 OWN_LIMIT = 600.0  # seconds for one Git command of our own
@@ -1558,7 +1560,7 @@ def read_change(private: PrivateGit, clone: Clone, start: Start, message: str, *
     """What differs between the workspace's start and now, applied to the base and committed."""
     tree, nested = capture(private, clone)
     tree = transplant(private, start, tree)
-    commit = private.commit(tree, start.base or None, message, sign=sign)
+    commit = private.commit(tree, start.base, message, sign=sign)
     ignored = tuple(path for path in ignored_files(private, clone) if path not in start.ignored)
     return Change(start.base, commit, tree, read_files(private, start.base, tree), ignored, nested)
 
@@ -1589,20 +1591,19 @@ def build_tree(private: PrivateGit, base: str, entries: str) -> str:
 
 def read_files(private: PrivateGit, base: str, tree: str) -> tuple[FileChange, ...]:
     """The files that differ between two trees, renames followed, with their line counts."""
-    old = base or private("mktree").strip()
-    parts = private("diff-tree", "-r", "-z", "-M", "--raw", "--numstat", old, tree).split("\0")[:-1]
+    parts = deque(private("diff-tree", "-r", "-z", "-M", "--raw", "--numstat", base, tree).split("\0")[:-1])
     raw: list[tuple[str, str, str, str, str, str, str]] = []
     while parts and parts[0].startswith(":"):
-        old_mode, mode, old_blob, blob, status = parts.pop(0)[1:].split()
-        path = old_path = parts.pop(0)
+        old_mode, mode, old_blob, blob, status = parts.popleft()[1:].split()
+        path = old_path = parts.popleft()
         if status[0] in "RC":
-            path = parts.pop(0)
+            path = parts.popleft()
         raw.append((status[0], path, old_path, old_mode, mode, old_blob, blob))
     counts: dict[str, tuple[str, str]] = {}
     while parts:
-        added, deleted, path = parts.pop(0).split("\t", 2)
+        added, deleted, path = parts.popleft().split("\t", 2)
         if not path:
-            _, path = parts.pop(0), parts.pop(0)
+            _, path = parts.popleft(), parts.popleft()
         counts[path] = (added, deleted)
     files = []
     for entry in raw:
@@ -1613,21 +1614,33 @@ def read_files(private: PrivateGit, base: str, tree: str) -> tuple[FileChange, .
     return tuple(files)
 
 
+def file_sizes(private: PrivateGit, change: Change) -> list[tuple[FileChange, int]]:
+    """The files that the change adds or alters, each with its size in bytes."""
+    files = [file for file in change.files if file.blob.strip("0") and file.mode != "160000"]
+    asked = "".join(f"{file.blob}\n" for file in files).encode()
+    sizes = private("cat-file", "--batch-check=%(objectsize)", stdin=asked).split() if files else []
+    return [(file, int(size)) for file, size in zip(files, sizes, strict=True)]
+
+
+def readable_tree(private: PrivateGit, change: Change) -> str:
+    """The change's tree without the files that are too large to be held in memory and read."""
+    large = [file for file, size in file_sizes(private, change) if size > READ_LIMIT]
+    return build_tree(private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in large)) if large else change.tree
+
+
+DIFF = ("diff-tree", "-r", "-p", "--full-index", "-M", "--no-ext-diff", "--no-textconv")
+
+
 def patch_of(private: PrivateGit, change: Change) -> str:
-    """The change as a patch that `git apply` takes."""
-    old = change.base or private("mktree").strip()
-    return private(
-        "diff-tree", "-p", "--binary", "--full-index", "-M", "--no-ext-diff", "--no-textconv", old, change.tree
-    )
+    """The change as a patch that `git apply` takes; the branch or ref alone holds what is too large for one."""
+    return private(*DIFF, "--binary", change.base, readable_tree(private, change))
 
 
 def added_lines(private: PrivateGit, change: Change) -> Iterator[tuple[str, int, str]]:
     """Each added line of the change: path, line number, text. Binary files are read as text too."""
-    old = change.base or private("mktree").strip()
     where = {file.blob: file.path for file in change.files}
-    args = ("diff-tree", "-p", "--text", "-U0", "--full-index", "-M", "--no-ext-diff", "--no-textconv", "-r")
     path, number = "", 0
-    for line in private(*args, old, change.tree).split("\n"):
+    for line in private(*DIFF, "--text", "-U0", change.base, readable_tree(private, change)).split("\n"):
         if line.startswith("index "):
             path = where.get(line[6:].split("..")[1].split(" ")[0], path)
             number = 0
@@ -2202,11 +2215,11 @@ def name_findings(run: Run, change: Change) -> Iterator[Finding]:
             yield Finding("path", file.path, None, "rejects", f"differs only by case from {one_line(clash.pop())}")
         if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", file.path):
             yield Finding("path", file.path, None, "rejects", "a name that cannot be checked out elsewhere")
-    blobs = [f for f in change.files if set(f.blob) != {"0"} and f.mode != "160000"]
-    listing = run.private("cat-file", "--batch-check=%(objectsize)", stdin="\n".join(f.blob for f in blobs).encode())
-    for file, size in zip(blobs, listing.split(), strict=False):
-        if size.isdigit() and int(size) > 5_000_000:
-            yield Finding("large", file.path, None, "shown", f"a file of {size_text(int(size))}")
+    for file, size in file_sizes(run.private, change):
+        if size > READ_LIMIT:
+            yield Finding("large", file.path, None, "first", f"a file of {size_text(size)}, too large to be searched")
+        elif size > 5_000_000:
+            yield Finding("large", file.path, None, "shown", f"a file of {size_text(size)}")
 
 
 def line_findings(run: Run, change: Change, known_tests: set[str]) -> Iterator[Finding]:
