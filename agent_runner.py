@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -1309,16 +1310,16 @@ class Moved(NamedTuple):
 
 def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved]:
     """What moved in the user's repository, each with the command that puts it back."""
-    moved = []
+    moved, known = [], run.known | known_commits(run)
     if before.head != after.head:
         undo = (
             f"git symbolic-ref HEAD {before.head[5:]}"
             if before.head.startswith("ref: ")
             else (f"git update-ref --no-deref HEAD {before.head}")
         )
-        moved.append(Moved(f"HEAD was {before.head}, is {after.head}", not run.bwrap, undo))
+        theirs = after.refs.get(after.head[5:], "").strip() in known and after.head.startswith("ref: refs/heads/agent/")
+        moved.append(Moved(f"HEAD was {before.head}, is {after.head}", not run.bwrap and not theirs, undo))
     elsewhere = set() if run.bwrap else branches_elsewhere(run)
-    known = known_commits(run)
     for ref in sorted(before.refs.keys() | after.refs.keys()):
         old, new = before.refs.get(ref, ""), after.refs.get(ref, "")
         if old == new:
@@ -1394,6 +1395,7 @@ class Run:
         self.ground = Ground((), ())
         self.ground_before: dict[str, str] = {}
         self.before = Snapshot("", {}, {})
+        self.known: set[str] = set()
         self.t0: Start | None = None
         self.planted: dict[Path, bytes | None] = {}
         self.kept: str | None = None
@@ -1440,8 +1442,10 @@ class Run:
     def note(self, name: str, text: str) -> None:
         """Write a file into the record, secrets masked."""
         if self.record:
-            path = self.record / name
-            path.write_text(self.console.mask(text), "utf-8", "surrogateescape", newline="")
+            try:
+                (self.record / name).write_text(self.console.mask(text), "utf-8", "surrogateescape", newline="")
+            except OSError as error:
+                self.mentions.append(f"the record lacks {name}: {error.strerror}.")
 
     def borrowed_objects(self) -> list[Path]:
         """The object folders a clone borrows from, as its processes see them."""
@@ -1469,10 +1473,12 @@ class Run:
         """End what a signal may have left running, and remove the run's folder."""
         if self.lock:
             end_strays()
-            remove_folder(self.folder)
+            if not self.keep_folder:
+                remove_folder(self.folder)
             self.lock.close()
 
     lock: Any = None
+    keep_folder = False
     folder: Path
     private: PrivateGit
     git_guard: dict[str, str]
@@ -2372,6 +2378,7 @@ def bring_commit(repo: Repo, private: PrivateGit, commit: str, ref: str = "") ->
 def keep_commit(repo: Repo, private: PrivateGit, commit: str, name: str) -> str:
     """Keep work that is not proposed under `refs/agent-runner/`, where no branch shows it."""
     ref = f"refs/agent-runner/{name}"
+    note_commit((repo.common_dir or repo.top) / "agent-runner" / name, commit)
     bring_commit(repo, private, commit, ref)
     return ref
 
@@ -2391,7 +2398,7 @@ def ensure_branch(repo: Repo, name: str, commit: str) -> str:
 
 def propose_pr(run: Run, change: Change) -> tuple[str, bool]:
     """Make the proposal: the judged commit as a branch `agent/…`, and switch to it where that is safe."""
-    note_commit(run, change.commit)
+    note_commit(run.records / record_name(run), change.commit)
     bring_commit(run.repo, run.private, change.commit)
     name = f"agent/{run.slug}" if run.issue else "agent/self-heal"
     branch = ensure_branch(run.repo, name, change.commit)
@@ -2431,11 +2438,11 @@ def is_in_way(top: Path, path: str) -> bool:
     return any((top / p).is_symlink() or (top / p).is_file() for p in parents)
 
 
-def note_commit(run: Run, commit: str) -> None:
+def note_commit(record: Path, commit: str) -> None:
     """Write down a commit before making a ref for it, so that other runs know it is ours."""
-    if run.record:
-        with open(run.record / "commits", "a") as handle:
-            handle.write(f"{commit}\n")
+    record.mkdir(parents=True, exist_ok=True)
+    with open(record / "commits", "a") as handle:
+        handle.write(f"{commit}\n")
 
 
 def record_name(run: Run) -> str:
@@ -2982,7 +2989,7 @@ def self_heal(run: Run) -> Ending:
 
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
-    run.before = take_snapshot(run.repo)
+    run.known, run.before = known_commits(run), take_snapshot(run.repo)
     save_files(run)
     run.workspace = run.clone("workspace", run.base) if run.repo.common_dir else run.in_place()
     setup = [split_command(command, "--setup") for command in run.settings.setup]
@@ -3536,13 +3543,30 @@ def supervise(run: Run, signals: Signals) -> Ending:
     flow = issue_to_pr if run.settings.command == "issue-to-pr" else self_heal
     try:
         ending = flow(run)
-        signals.shielded = True  # a proposal is made whole, or not at all
-        return conclude(run, ending)
     except Interrupted as signal_seen:
-        ending = Ending("interrupted", "ended by a signal", exit_code=128 + int(signal_seen.args[0]))
-    except Refusal as error:
-        ending = Ending("refused", str(error))
-    return conclude(run, ending._replace(change=salvage(run)))
+        ending = interrupted(signal_seen, change=salvage(run))
+    except (Refusal, OSError) as error:
+        ending = Ending("refused", reason_of(error), change=salvage(run))
+    signals.shielded = True  # a proposal is made whole, or not at all
+    try:
+        return conclude(run, ending)
+    except (Refusal, OSError) as error:
+        run.keep_folder = bool(run.attempts)
+        later = "; the next run in this repository keeps the agent's work" if run.keep_folder else ""
+        return ending._replace(outcome="refused", exit_code=None, message=reason_of(error) + later)
+
+
+def interrupted(signal_seen: Interrupted, change: Change | None = None) -> Ending:
+    return Ending("interrupted", "ended by a signal", exit_code=128 + int(signal_seen.args[0]), change=change)
+
+
+def reason_of(error: Exception) -> str:
+    """The sentence for something that the user can mend; a fault of our own is raised again."""
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE):
+            raise error
+        return f"{error.strerror}: {error.filename or 'a file of the run'}; make room or give access, and run again"
+    return str(error)
 
 
 def salvage(run: Run) -> Change | None:
@@ -3567,6 +3591,9 @@ def dry_run(run: Run) -> Ending:
 def finish(run: Run, ending: Ending) -> None:
     """Write the record, print the ending, and the report if it was asked for."""
     commands: list[str] = []
+    if run.record and ending.outcome == "refused" and not run.attempts:
+        shutil.rmtree(run.record, ignore_errors=True)
+        run.record = None
     if run.record:
         if ending.change:
             run.note("change.patch", patch_of(run.private, ending.change))
@@ -3622,10 +3649,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = parse_settings(words)
             run = Run(settings, find_repo(Path.cwd()), console)
             ending = supervise(run, signals)
-        except Refusal as error:
-            ending = Ending("refused", str(error))
+        except (Refusal, OSError) as error:
+            ending = Ending("refused", reason_of(error))
         except Interrupted as signal_seen:
-            ending = Ending("interrupted", "ended by a signal", exit_code=128 + int(signal_seen.args[0]))
+            ending = interrupted(signal_seen)
         signals.shielded = True
         if run is None:
             run = Run(
