@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["pytest", "ruff"]
@@ -63,7 +62,7 @@ READ_LIMIT = 20_000_000  # bytes of one changed file; a larger one is shown, not
 SHOWN_LINES = 200  # of an agent's output, before only the record gets it
 BRIEF_LINES = 60  # of a failed command's output in a brief, head and tail together
 OWN_LIMIT = 600.0  # seconds for one Git command of our own
-SIGN_LIMIT = 30.0  # seconds for a signature, which may want to ask
+SIGN_LIMIT = 10.0  # seconds for a signature, which may want to ask
 GRACE = 2.0  # seconds between TERM and KILL
 RECORDS = 50
 IN_PLACE_FILES = 20_000  # outside Git a folder is read whole; a home folder by mistake is not
@@ -398,11 +397,10 @@ def call(
     try:
         out, err = process.communicate(stdin, timeout=limit)
     except subprocess.TimeoutExpired:
-        process.kill()
         out, err = b"", f"took longer than {limit:.0f} s".encode()
     finally:
-        if process.poll() is None:
-            process.kill()
+        if process.poll() is None:  # with what it started: a signing program that asks, say
+            process.kill() if WINDOWS else os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         _ours.discard(process.pid)
     return process.returncode, out, err
@@ -612,7 +610,10 @@ def zsplit(text: str) -> list[str]:
 
 def find_repo(start: Path) -> Repo:
     """The repository that `start` lies in; one without Git directories when there is none."""
-    start = start.resolve()
+    try:
+        start = start.resolve(strict=True)
+    except OSError:
+        raise Refusal("the folder that you are in is gone; change to your repository first.") from None
     env = own_git_env({})
     asked = ("--is-bare-repository", "--is-inside-work-tree")
     status, out, err = call(["git", "-C", str(start), "rev-parse", *asked], env=env)
@@ -620,7 +621,7 @@ def find_repo(start: Path) -> Repo:
     if status != 0:
         if "not a git repository" in said and not any((p / ".git").exists() for p in (start, *start.parents)):
             return Repo(start, "", None, None, None, "", "sha1", {})
-        raise Refusal(f"Git cannot read this repository: {said.splitlines()[0] if said else status}")
+        raise Refusal(f"Git cannot read this repository ({one_line(said, 300)}); git status must work here first.")
     if out.split() != [b"false", b"true"]:
         raise Refusal("this is a bare repository or a Git directory; start in a work tree of it.")
     places = ("--path-format=absolute", "--show-toplevel", "--absolute-git-dir", "--git-common-dir")
@@ -664,6 +665,12 @@ def object_folders(repo: Repo) -> list[Path]:
     return found
 
 
+def home_folder() -> Path:
+    """The user's home folder; a place that does not exist for a user who has none."""
+    home = Path(os.path.expanduser("~"))
+    return home if home.is_absolute() else Path("/nonexistent")
+
+
 def copied_config(repo: Repo, folder: Path) -> dict[str, str]:
     """What of the user's own Git configuration checkout, capture and signing need, as it is now."""
     config: dict[str, str] = {}
@@ -674,7 +681,7 @@ def copied_config(repo: Repo, folder: Path) -> dict[str, str]:
         key, _, value = item.partition("\n")
         if signing.match(key) or (scope in ("system", "global") and wanted.match(key)):
             config[key] = value if "\n" in item else "true"
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "git"
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "git"
     for key, default in (("excludesFile", "ignore"), ("attributesFile", "attributes")):
         named = git(repo, "config", "--type=path", "--get", f"core.{key}", check=False).strip()
         copy = folder / key
@@ -751,20 +758,26 @@ class PrivateGit:
 # The agent never works in the user's repository, and the judge never works where the agent did.
 
 
-def cache_root() -> Path:
-    """The folder for runs under the user's cache folder; under the temporary one if there is none."""
-    with contextlib.suppress(OSError, RuntimeError):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        root = Path(home) / "agent-runner"
-        if root.is_absolute():
+def cache_root(top: Path) -> Path:
+    """The folder for runs, outside the repository at `top`: in the user's cache, else in the temporary folder."""
+    places = [Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "agent-runner"]
+    with contextlib.suppress(OSError):
+        places.append(Path(tempfile.gettempdir()) / f"agent-runner-{'' if WINDOWS else os.getuid()}")
+    for root in places:
+        with contextlib.suppress(OSError):
+            if (
+                not root.is_absolute()
+                or root.resolve().is_relative_to(top)
+                or (root in places[1:] and root.is_symlink())
+            ):
+                continue
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.access(root, os.W_OK):
+            if os.access(root, os.W_OK) and (WINDOWS or root.stat().st_uid == os.getuid()):
                 return root.resolve()
-    root = Path(tempfile.gettempdir()) / f"agent-runner-{'' if WINDOWS else os.getuid()}"
-    root.mkdir(exist_ok=True, mode=0o700)
-    if not WINDOWS and (root.is_symlink() or root.stat().st_uid != os.getuid()):
-        raise Refusal(f"{root} belongs to somebody else; set XDG_CACHE_HOME to a folder of your own.")
-    return root.resolve()
+    raise Refusal(
+        "the run needs a folder of its own outside the repository, and neither your cache folder nor the "
+        "temporary one can hold it; set XDG_CACHE_HOME to a folder that you can write."
+    )
 
 
 def remove_folder(path: Path) -> None:
@@ -860,10 +873,10 @@ WITHHELD = re.compile(
 )
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|_PAT$")
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
-STORES = (
-    ".ssh .gnupg .netrc _netrc .git-credentials .config/git/credentials .cache/git/credential .config/gh "
-    ".config/glab-cli .config/tea .local/share/keyrings .pypirc .docker/config.json"
-).split()
+STORES = """
+    .ssh .gnupg .netrc _netrc .git-credentials .config/git/credentials .cache/git/credential .config/gh
+    .config/glab-cli .config/tea .local/share/keyrings .pypirc .docker/config.json
+""".split()  # noqa: SIM905
 HOOK = """#!/bin/sh
 [ "$1" = prepared ] || exit 0
 echo "agent_runner: branches, tags and stashes of this repository are not changed during a run. {rule}" >&2
@@ -1074,9 +1087,9 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     interpreter = (interpreter_of(python) if python else None) or Path(sys.executable)
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
-    folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != Path.home() / ".local"}
+    folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != home_folder() / ".local"}
     folders.add(Path(os.path.abspath(__file__)))
-    folders.add(Path(os.environ.get("PYTHONUSERBASE") or Path.home() / ".local") / "lib")
+    folders.add(Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib")
     ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
     return ground if run.bwrap or not run.repo.common_dir else survey_imports(run, interpreter, ground)
 
@@ -1119,17 +1132,17 @@ def shadows_standard_library(folder: Path) -> bool:
     return False
 
 
-CONFIG_NAMES = (
-    "pytest.ini .pytest.ini pytest.toml .pytest.toml pyproject.toml tox.ini setup.cfg setup.py ruff.toml "
-    ".ruff.toml conftest.py .coveragerc"
-).split()
+CONFIG_NAMES = """
+    pytest.ini .pytest.ini pytest.toml .pytest.toml pyproject.toml tox.ini setup.cfg setup.py ruff.toml
+    .ruff.toml conftest.py .coveragerc
+""".split()  # noqa: SIM905
 
 
 def ground_state(run: Run) -> dict[str, str]:
     """The judge's ground by name and state: settings above the clone, and what Python imports at start."""
     seen = run.repo.top if run.bwrap else run.judge_path
     settings = [folder / name for folder in seen.parents for name in CONFIG_NAMES]
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "ruff"
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "ruff"
     settings += [home / name for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")]
     state = {str(path): file_state(path) for path in settings if path.exists()}
     for folder in run.ground.search if not run.bwrap else ():
@@ -1173,7 +1186,7 @@ def child_env(run: Run, clone: Clone, tmp: Path) -> dict[str, str]:
     env["PATH"] = os.pathsep.join((shims, env.get("PATH", os.defpath), os.path.dirname(sys.executable)))
     if path := python_path(run, run.ground, clone):
         env["PYTHONPATH"] = path
-    if not (Path(os.environ.get("PYTHONUSERBASE") or Path.home() / ".local") / "lib").is_dir():
+    if not (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir():
         env["PYTHONNOUSERSITE"] = "1"  # nothing of the user's is there, so nothing that appears is
     return env
 
@@ -1188,7 +1201,7 @@ def other_checkouts(repo: Repo) -> list[Path]:
 
 def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     """bubblewrap's arguments: the machine read-only, the clone at the repository's path. Later ones win."""
-    home, top = Path.home().resolve(), run.repo.top
+    home, top = home_folder().resolve(), run.repo.top
     xdg = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
     xdg += [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     free = [home, *(Path(p).resolve() for p in xdg if p)]
@@ -1278,7 +1291,7 @@ def take_snapshot(repo: Repo) -> Snapshot:
             commit, _, ref = line.partition("\t")
             refs[f"{remote}\t{ref}"] = commit
     head = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
-    home = Path.home()
+    home = home_folder()
     paths = [
         *(repo.common_dir / n for n in ("config", "info/exclude", "info/attributes", "info/grafts", "shallow")),
         *(repo.common_dir / n for n in ("objects/info/alternates", "packed-refs.lock", "info/sparse-checkout")),
@@ -1354,7 +1367,7 @@ def branches_elsewhere(run: Run) -> set[str]:
 
 def is_fetched_tag(run: Run, ref: str, after: Snapshot) -> bool:
     """Is this a new tag on a commit that a remote-tracking branch holds, as a fetch brings along?"""
-    if not ref.startswith("refs/tags/") or ref in run.before.refs:
+    if not ref.startswith("refs/tags/") or (run.before and ref in run.before.refs):
         return False
     holders = git(
         run.repo, "for-each-ref", "--format=%(refname)", f"--contains={after.refs[ref]}", "refs/remotes/", check=False
@@ -1394,7 +1407,8 @@ class Run:
         self.moved: list[Moved] = []
         self.ground = Ground((), ())
         self.ground_before: dict[str, str] = {}
-        self.before = Snapshot("", {}, {})
+        self.before: Snapshot | None = None
+        self.judged = ""
         self.known: set[str] = set()
         self.t0: Start | None = None
         self.planted: dict[Path, bytes | None] = {}
@@ -1404,13 +1418,10 @@ class Run:
         self.gate: list[list[str]] = []
         self.slug = ""
         self.issue: Issue | None = None
-        self.records = (repo.common_dir or cache_root()) / "agent-runner"
-        if not repo.common_dir:
-            self.records = cache_root() / "records"
 
     def open(self, slug: str) -> None:
         """Make the run's folder, its private Git directory and its guard."""
-        root = cache_root()
+        root = cache_root(self.repo.top)
         sweep(root)
         self.slug = slug
         self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
@@ -1429,6 +1440,12 @@ class Run:
                 break
         assert self.record is not None
         return self.record
+
+    @property
+    def records(self) -> Path:
+        """The folder of all records; it is made with the first one."""
+        common = self.repo.common_dir
+        return common / "agent-runner" if common else cache_root(self.repo.top) / "records"
 
     @property
     def record_brief(self) -> Path:
@@ -1933,10 +1950,18 @@ def run_gate(run: Run, clone: Clone) -> tuple[Check, ...]:
     return tuple(checks[command] for command, _ in pairs)
 
 
+def open_checkout(run: Run, commit: str) -> Clone:
+    """A clean checkout of a commit, and a temporary folder that no other commit's code has written to."""
+    if run.judged != commit:
+        remove_folder(run.folder / "tmp-gate")
+    run.judged = commit
+    return run.clone("judge", commit) if run.repo.common_dir else run.in_place()
+
+
 def judge(run: Run, commit: str) -> Verdict:
     """Check a commit out afresh, prepare it, run the gate there, and throw the checkout away."""
     with run.judging:
-        clone = run.clone("judge", commit) if run.repo.common_dir else run.in_place()
+        clone = open_checkout(run, commit)
         with mount_points(run, clone):
             checks = run_setup(run, clone, role="setup")
             if all(check.passed for check in checks):
@@ -2290,7 +2315,7 @@ def run_tests_on(run: Run, tree: str, number: int, files: list[str], why: str) -
     command = [*words[: end + 1], "-q", *(o for o in options if "=" in o), *(f"./{path}" for path in paths)]
     commit = run.private.commit(tree, run.base, why)
     with run.judging:
-        clone = run.clone("judge", commit)
+        clone = open_checkout(run, commit)
         with mount_points(run, clone):
             if not all(check.passed for check in run_setup(run, clone, role="setup")):
                 return {}
@@ -2511,28 +2536,26 @@ def proposal_commands(run: Run, branch: str, body: Path) -> list[str]:
     commands = [f"git push -u {q(forge.remote)} {q(branch)}"]
     text = f'"$(cat {q(str(body))})"'
     enc = {"b": quote(branch, safe=""), "t": quote(base, safe=""), "n": quote(title, safe="")}
+    gitlab = (
+        f"merge_request%5Bsource_branch%5D={enc['b']}&merge_request%5Btarget_branch%5D={enc['t']}"
+        f"&merge_request%5Btitle%5D=Draft%3A%20{enc['n']}"
+    )
+    head, into = f"--head {q(branch)} --base {q(base)}", f"--source-branch {q(branch)} --target-branch {q(base)}"
+    compare, draft = f"{forge.web}/compare/{enc['t']}...{enc['b']}", q(f"WIP: {title}")
     by_kind = {
         "github": (
-            "gh",
-            f"gh pr create --draft --head {q(branch)} --base {q(base)} --title {q(title)} --body-file {q(str(body))}",
-            f"{forge.web}/compare/{enc['t']}...{enc['b']}?expand=1&title={enc['n']}",
+            f"gh pr create --draft {head} --title {q(title)} --body-file {q(str(body))}",
+            f"{compare}?expand=1&title={enc['n']}",
         ),
         "gitlab": (
-            "glab",
-            f"glab mr create --draft --source-branch {q(branch)} --target-branch {q(base)} --title {q(title)} "
-            f"--description {text}",
-            f"{forge.web}/-/merge_requests/new?merge_request%5Bsource_branch%5D={enc['b']}"
-            f"&merge_request%5Btarget_branch%5D={enc['t']}&merge_request%5Btitle%5D=Draft%3A%20{enc['n']}",
+            f"glab mr create --draft {into} --title {q(title)} --description {text}",
+            f"{forge.web}/-/merge_requests/new?{gitlab}",
         ),
-        "forgejo": (
-            "tea",
-            f"tea pr create --head {q(branch)} --base {q(base)} --title {q('WIP: ' + title)} --description {text}",
-            f"{forge.web}/compare/{enc['t']}...{enc['b']}",
-        ),
+        "forgejo": (f"tea pr create {head} --title {draft} --description {text}", compare),
     }
     if forge.kind in by_kind:
-        tool, command, address = by_kind[forge.kind]
-        commands.append(command if shutil.which(tool) else f"# open in a browser: {address}")
+        command, address = by_kind[forge.kind]
+        commands.append(command if shutil.which(command.split()[0]) else f"# open in a browser: {address}")
     elif forge.web:
         commands.append(f"# then open a pull request for it at {forge.web}")
     return commands
@@ -2827,7 +2850,9 @@ def play(
 
     def attempt(what: str, *words: str) -> None:
         try:
-            done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)
+            done = subprocess.run(
+                words, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20
+            )
             lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             said = next((line for line in lines if "agent_runner" in line), lines[0] if lines else "")
             became = "worked, on this disposable clone only" if done.returncode == 0 else f"refused: {said[:110]}"
@@ -2990,8 +3015,10 @@ def self_heal(run: Run) -> Ending:
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
     run.known, run.before = known_commits(run), take_snapshot(run.repo)
-    save_files(run)
+    save_files(run, run.before)
     run.workspace = run.clone("workspace", run.base) if run.repo.common_dir else run.in_place()
+    if not run.repo.common_dir and run.settings.simulate and run.settings.command == "self-heal":
+        plant_in_place(run)
     setup = [split_command(command, "--setup") for command in run.settings.setup]
     run.ground = survey_ground(run, [run.agent, *run.gate, *(bring_untracked(w, run, gate=True) for w in setup)])
     if run.settings.setup:
@@ -3018,7 +3045,7 @@ def beside(run: Run) -> Iterator[Callable[[], Verdict | None]]:
             result.append(verdict)
             if not verdict.passed:
                 run.stop.set()  # no verdict on the agent's work could mean anything
-        except Exception as error:  # handed to the one who waits, below
+        except Exception as error:  # noqa: BLE001  (handed to the one who waits, below)
             result.append(error)
 
     def wait() -> Verdict | None:
@@ -3177,7 +3204,7 @@ def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
 
 def conclude(run: Run, ending: Ending) -> Ending:
     """Verify P1, then make the proposal or keep the work; the ending that is true of the repository."""
-    run.moved = compare_snapshots(run, run.before, take_snapshot(run.repo))
+    run.moved = compare_snapshots(run, run.before, take_snapshot(run.repo)) if run.before else []
     run.mentions += [f"{m.what} during the run, not by the agent." for m in run.moved if not m.broken]
     if any(m.broken for m in run.moved):
         what = "; ".join(m.what for m in run.moved if m.broken)
@@ -3204,19 +3231,19 @@ def conclude_in_place(run: Run, ending: Ending) -> Ending:
             message="the gate is green, but this folder is no Git repository, so there is no "
             "branch to propose from; the change lies in the folder"
         )
-    if run.settings.simulate and ending.change:
-        for file in ending.change.files:
-            data = run.private.file(ending.change.base, file.path) if file.status != "A" else None
-            path = run.repo.top / file.path
-            path.unlink() if data is None else path.write_bytes(data)
+    if run.settings.simulate:
+        base, files = run.base, ending.change.files if ending.change else ()
+        was = {run.repo.top / f.path: run.private.file(base, f.path) if f.status != "A" else None for f in files}
+        for path, data in (was | run.planted).items():
+            path.unlink(missing_ok=True) if data is None else path.write_bytes(data)
     return ending
 
 
-def save_files(run: Run) -> None:
+def save_files(run: Run, before: Snapshot) -> None:
     """Copy what the verification watches into the record, so that each difference can be undone."""
     assert run.record is not None
     folder = run.record / "before"
-    for number, (name, digest) in enumerate(sorted(run.before.files.items())):
+    for number, (name, digest) in enumerate(sorted(before.files.items())):
         if digest and Path(name).stat().st_size < 1 << 20:
             folder.mkdir(exist_ok=True)
             saved = folder / f"{number}-{Path(name).name}"
@@ -3252,7 +3279,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         from difflib import get_close_matches
 
-        options = [option for action in self._actions for option in action.option_strings]
+        below = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+        options = [option for p in (self, *below) for action in p._actions for option in action.option_strings]
         for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2]):
             if near := get_close_matches(word, options, 1):
                 message += f"; did you mean {near[0]}?"
@@ -3387,6 +3415,8 @@ def check_agent(run: Run) -> None:
 def check_gate(run: Run) -> None:
     """The gate's commands: each must have words, and its tool be there unless --setup may bring it."""
     run.gate = [split_command(command, "--gate") for command in run.settings.gate]
+    for command in run.settings.setup:
+        split_command(command, "--setup")
     for words in run.gate:
         if not run.settings.setup and find_program(words[0], run.start) is None:
             remedy = "python3 -m pip install pytest ruff" if words[0] in ("pytest", "ruff") else "install it"
@@ -3397,13 +3427,13 @@ def check_repository(run: Run) -> None:
     """What of the repository would waste a run: no commit, no identity, a name that cannot be."""
     repo = run.repo
     if not repo.common_dir or not repo.git_dir:
-        if run.settings.base:
+        if run.settings.base is not None:
             raise Refusal("--base needs a Git repository; this folder is none.")
         return
-    if not repo.head and not run.settings.base:
+    if not repo.head and run.settings.base is None:
         raise Refusal("this repository has no commit yet; make one first: git add -A && git commit -m 'Start'")
     run.base = repo.head
-    if run.settings.base:
+    if run.settings.base is not None:
         found = git(
             repo, "rev-parse", "--verify", "-q", "--end-of-options", f"{run.settings.base}^{{commit}}", check=False
         )
@@ -3420,7 +3450,8 @@ def check_repository(run: Run) -> None:
         raise Refusal(f"{repo.common_dir} cannot be written; make it writable, so that a proposal can be made.")
     for path in run.settings.carry:
         place = Path(os.path.normpath(repo.top / path))
-        if not place.is_relative_to(repo.top) or place == repo.top or not os.path.lexists(place):
+        inside = place.relative_to(repo.top).parts if place.is_relative_to(repo.top) else ()
+        if not inside or inside[0] == ".git" or not os.path.lexists(place):
             raise Refusal(f"--carry {path!r} is no file or folder in this repository; give a path relative to its top.")
         if git(repo, "ls-files", "--", f":(top,literal){path}").strip():
             raise Refusal(f"--carry {path!r} is tracked by Git, so every clone has it already; leave it out.")
@@ -3456,7 +3487,6 @@ def prepare(run: Run) -> None:
     settings = run.settings
     if settings.command == "issue-to-pr":
         run.issue = read_issue(settings.issue or "")
-    check_git()
     check_repository(run)
     check_agent(run)
     check_gate(run)
@@ -3477,7 +3507,7 @@ def prepare(run: Run) -> None:
                 "key first, or run: git config commit.gpgSign false"
             )
     find_config(run)
-    if settings.simulate and settings.command == "self-heal" and run.repo.common_dir:
+    if settings.simulate and settings.command == "self-heal":
         run.base = plant_red_build(run)
 
 
@@ -3493,14 +3523,17 @@ def snapshot_folder(run: Run) -> None:
             )
     run.private.repo = run.repo = run.repo._replace(identity=dict.fromkeys(IDENTITY, "agent_runner"))
     run.private.env |= run.repo.identity
-    if run.settings.simulate and run.settings.command == "self-heal":
-        source, test = run.start / "agent_demo.py", run.start / "test_agent_demo.py"
-        run.planted = {path: path.read_bytes() if path.exists() else None for path in (source, test)}
-        flaky = run.settings.simulate == "flaky"
-        source.write_text(DEMO_SRC if flaky else DEMO_SRC.replace(RIGHT, FLAT), "utf-8")
-        test.write_text(DEMO_TEST + FLAKY_TEST if flaky else DEMO_TEST, "utf-8")
+
     tree, _ = capture(run.private, run.in_place())
     run.base = run.private.commit(tree, None, "The folder as it was\n")
+
+
+def plant_in_place(run: Run) -> None:
+    """Outside Git: write the planted red build into the folder, and note what lay there."""
+    for name in ("agent_demo.py", "test_agent_demo.py"):
+        path = run.start / name
+        run.planted[path] = path.read_bytes() if path.exists() else None
+        path.write_bytes(run.private.file(run.base, name) or b"")
 
 
 def announce(run: Run) -> None:
@@ -3621,12 +3654,11 @@ class Signals:
         self.pending: int | None = None
         self.old: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def watch(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 if number := getattr(signal, name, None):
                     self.old[number] = signal.signal(number, self.handle)
-        return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.pending is None:
@@ -3634,7 +3666,7 @@ class Signals:
             if not self.shielded:
                 raise Interrupted(number)
 
-    def __exit__(self, *_: object) -> None:
+    def restore(self) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
@@ -3644,10 +3676,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(json_on_stdout="--json" in words)
     run: Run | None = None
-    with Signals() as signals:
+    signals = Signals()
+    signals.watch()
+    try:
         try:
             settings = parse_settings(words)
-            run = Run(settings, find_repo(Path.cwd()), console)
+            check_git()
+            run = Run(settings, find_repo(Path()), console)
             ending = supervise(run, signals)
         except (Refusal, OSError) as error:
             ending = Ending("refused", reason_of(error))
@@ -3655,13 +3690,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             ending = interrupted(signal_seen)
         signals.shielded = True
         if run is None:
-            run = Run(
-                Settings("", json="--json" in words), Repo(Path.cwd(), "", None, None, None, "", "sha1", {}), console
-            )
-        try:
-            finish(run, ending)
-        finally:
+            nowhere = Repo(Path(), "", None, None, None, "", "sha1", {})
+            run = Run(Settings("", json="--json" in words), nowhere, console)
+        finish(run, ending)
+    finally:
+        signals.shielded = True
+        if run is not None:
             run.close()
+        signals.restore()
     return ending.status
 
 
@@ -3669,7 +3705,7 @@ def cli() -> int:
     """The console script: `main`, and a fault of our own told plainly, with its traceback saved."""
     try:
         status = main()
-    except Exception:
+    except Exception:  # noqa: BLE001  (the last resort)
         import traceback
 
         with tempfile.NamedTemporaryFile("w", prefix="agent_runner-fault-", suffix=".txt", delete=False) as handle:
