@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 
@@ -142,6 +142,7 @@ class Clone(NamedTuple):
     seen: Path
     index_file: Path
     inode: tuple[int, int]
+    carried: tuple[str, ...] = ()  # the user's own files that were copied in: never part of a change
 
 
 class Ran(NamedTuple):
@@ -207,7 +208,7 @@ class Change(NamedTuple):
     tree: str
     files: tuple[FileChange, ...]
     ignored: tuple[str, ...]  # new files that ignore rules hide: no part of the change
-    nested: tuple[str, ...]  # repositories of the agent's own inside the workspace
+    unfit: tuple[Finding, ...]  # what lies in the workspace and no commit can hold
 
 
 class Verdict(NamedTuple):
@@ -367,6 +368,7 @@ class Kept:
 # ---------------------------------------------------------------------------------------- processes
 # Two doors: `call` for our own short commands, `run_guarded` for what we do not trust.
 
+Result = TypeVar("Result")
 _spawning = threading.Lock()
 _ours: set[int] = set()  # processes that somebody here waits for
 
@@ -404,6 +406,38 @@ def call(
             process.wait()
         _ours.discard(process.pid)
     return process.returncode, out, err
+
+
+@contextlib.contextmanager
+def beside(stop: threading.Event, work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
+    """Do some work in a thread while the body runs; yields a function that waits for its result.
+
+    `stop` ends the processes of both when the body is left by an exception.
+    """
+    result: list[Result] = []
+    errors: list[Exception] = []
+
+    def body() -> None:
+        try:
+            result.append(work())
+        except Exception as error:  # noqa: BLE001  (raised again for the one who waits)
+            errors.append(error)
+
+    def wait() -> Result:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return result[0]
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    try:
+        yield wait
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        thread.join()
 
 
 def become_subreaper() -> None:
@@ -842,23 +876,33 @@ def open_clone(private: PrivateGit, path: Path, seen: Path, commit: str, borrowe
     return clone
 
 
+def follows_link(path: Path) -> bool:
+    """Does this path in a clone lead elsewhere, as an agent's link to the user's files would?"""
+    return os.path.realpath(path) != os.fspath(path)
+
+
 def is_intact(clone: Clone) -> bool:
     """Is the folder still the one that we made, and not a link to somewhere else?"""
     with contextlib.suppress(OSError):
         status = clone.path.lstat()
-        return (status.st_dev, status.st_ino) == clone.inode and clone.path.resolve() == clone.path
+        return (status.st_dev, status.st_ino) == clone.inode and not follows_link(clone.path)
     return False
 
 
-def carry_into(clone: Clone, top: Path, paths: Iterable[str]) -> None:
-    """Copy ignored files or folders of the user's into a clone."""
-    for path in paths:
+def carry_into(clone: Clone, top: Path) -> None:
+    """Copy the ignored files and folders that the user carries along into a clone."""
+    for path in clone.carried:
         target = clone.path / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (top / path).is_dir():
-            shutil.copytree(top / path, target, symlinks=True, dirs_exist_ok=True)
-        else:
-            shutil.copy2(top / path, target, follow_symlinks=False)
+        if follows_link(target):
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (top / path).is_dir():
+                shutil.copytree(top / path, target, symlinks=True, dirs_exist_ok=True)
+            else:
+                shutil.copy2(top / path, target)
+        except OSError as error:
+            raise Refusal(f"--carry {path!r} cannot be copied: {one_line(str(error))}") from None
 
 
 # -------------------------------------------------------------------------------------------- guard
@@ -1246,10 +1290,12 @@ def guarded_job(
         own = clone.path / program.relative_to(run.repo.top)
         program = own if own.exists() else program
     argv = [str(program) if program else words[0], *words[1:]]
-    if not run.bwrap:
+    if follows_link(clone.path / run.repo.prefix):  # the change may not choose where it is judged
+        return Job(tuple(argv), run.folder / "gone", env, limit, stdin)
+    with contextlib.suppress(OSError):
         (clone.path / run.repo.prefix).mkdir(parents=True, exist_ok=True)
+    if not run.bwrap:
         return Job(tuple(argv), cwd, env, limit, stdin)
-    (clone.path / run.repo.prefix).mkdir(parents=True, exist_ok=True)
     sandbox = [run.bwrap, *sandbox_args(run, clone, tmp, gate=role == "gate"), "--chdir", str(cwd), "--"]
     return Job((*sandbox, *argv), Path("/"), env, limit, stdin, in_namespace=True)
 
@@ -1261,14 +1307,21 @@ def mount_points(run: Run, clone: Clone) -> Iterator[None]:
     for source in run.ground.borrowed if run.bwrap and run.repo.common_dir else ():
         target = clone.path / source.relative_to(run.repo.top)
         missing = [p for p in (target, *target.parents) if not p.exists() and p.is_relative_to(clone.path)]
-        for path in reversed(missing):
-            path.mkdir() if path != target or source.is_dir() else path.touch()
-            made.append(path)
+        for path in reversed(missing if not follows_link(target) else ()):
+            with contextlib.suppress(OSError):
+                path.mkdir() if path != target or source.is_dir() else path.touch()
+                made.append(path)
     try:
         yield
     finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):
+        remove_points(reversed(made))
+
+
+def remove_points(made: Iterable[Path]) -> None:
+    """Take mount points away, unless the agent has put a link to somewhere else in their way."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            if not follows_link(path):
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
@@ -1477,7 +1530,8 @@ class Run:
         remove_folder(path.parent)
         seen = self.repo.top if self.bwrap else path
         clone = open_clone(self.private, path, seen, commit, self.borrowed_objects())
-        carry_into(clone, self.repo.top, self.settings.carry)
+        clone = clone._replace(carried=self.settings.carry)
+        carry_into(clone, self.repo.top)
         return clone
 
     def in_place(self) -> Clone:
@@ -1531,10 +1585,10 @@ def recover(folder: Path) -> None:
     repo = Repo(**(told["repo"] | places))
     path = Path(told["workspace"])
     private = PrivateGit(repo, folder, told["config"])
-    clone = Clone(path, path, Path(told["index"]), tuple(told["inode"]))
-    for left in map(Path, told["mount_points"]):
-        with contextlib.suppress(OSError):
-            left.rmdir() if left.is_dir() else left.unlink()
+    clone = Clone(path, path, Path(told["index"]), tuple(told["inode"]), tuple(told["carried"]))
+    if not is_intact(clone):
+        return
+    remove_points(map(Path, told["mount_points"]))
     change = read_change(private, clone, Start(**told["start"]), "Work of an interrupted run")
     if change.files:
         keep_commit(repo, private, change.commit, told["name"])
@@ -1543,31 +1597,51 @@ def recover(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- change
 
 
-def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[str, ...]]:
-    """The tree of all that lies in a clone and is not ignored; and the nested repositories there."""
+NESTED = "a repository of its own, which no commit can hold"
+
+
+def parents_of(path: str) -> Iterator[str]:
+    while path := os.path.dirname(path):
+        yield path
+
+
+def find_nested(clone: Clone, paths: Iterable[str], apart: set[str]) -> list[str]:
+    """Folders of these paths that are repositories of their own, the clone itself and links left out."""
+    folders = {folder for path in paths for folder in parents_of(path)} - apart
+    found = (f for f in folders if os.path.lexists(clone.path / f / ".git") and not follows_link(clone.path / f))
+    return sorted(f for f in found if apart.isdisjoint(parents_of(f)))
+
+
+def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]]:
+    """The tree of all that lies in a clone and is not ignored; and what lies there that no commit can hold."""
     private.seal()
+    ours = clone.path.is_relative_to(private.folder)
+    if ours and not WINDOWS:  # the agent may have taken our right to read
+        locked = ("(", "!", "-perm", "-400", "-o", "-type", "d", "!", "-perm", "-700", ")", "!", "-type", "l")
+        call(["find", clone.path, *locked, "-exec", "chmod", "u+rwX", "{}", ";"])
     entries = [e.split("\t", 1) for e in zsplit(private("ls-files", "-s", "-z", clone=clone))]
     new = zsplit(private("ls-files", "-o", "--exclude-standard", "-z", clone=clone))
-    links = [path for meta, path in entries if meta.startswith("160000")]
-    folders = {os.path.dirname(path) for path in (*(path for _, path in entries), *new)}
-    folders |= {os.path.dirname(folder) for folder in folders}
-    nested = sorted(f for f in folders - {"", *links} if os.path.lexists(clone.path / f / ".git"))
-    if nested and clone.path.is_relative_to(private.folder):
+    apart = {path for meta, path in entries if meta.startswith("160000")} | set(clone.carried)
+    nested = find_nested(clone, (*(path for _, path in entries), *new), apart)
+    unfit = tuple(Finding("nested", path, None, "rejects", NESTED) for path in nested)
+    if nested and ours:
         for folder in nested:  # the files inside are the agent's work, and are kept with the rest
             inner = clone.path / folder / ".git"
             remove_folder(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
-        tree, deeper = capture(private, clone)
-        return tree, tuple(sorted({*nested, *deeper}))
-    spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in (*links, *nested))
-    add = ("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul")
+        tree, more = capture(private, clone)
+        return tree, (*unfit, *more)
+    apart |= set(nested)
+    spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in sorted(apart))
+    add = ("add", "-A", "--ignore-errors", "--pathspec-from-file=-", "--pathspec-file-nul")
     try:
         private(*add, clone=clone, stdin=os.fsencode(spec))
-    except GitError:  # the agent may have taken our right to read
-        if WINDOWS or not clone.path.is_relative_to(private.folder):
+    except GitError:  # names that Git takes for its own, a pipe in a file's place: told by what is left over
+        left = zsplit(private("ls-files", "-o", "-m", "--exclude-standard", "-z", clone=clone))
+        left = [path for path in left if apart.isdisjoint((path, *parents_of(path)))]
+        if not left:
             raise
-        call(["chmod", "-R", "u+rwX", clone.path])
-        private(*add, clone=clone, stdin=os.fsencode(spec))
-    return private("write-tree", clone=clone).strip(), tuple(nested)
+        unfit += tuple(Finding("path", path, None, "rejects", "Git cannot put this into a commit") for path in left)
+    return private("write-tree", clone=clone).strip(), unfit
 
 
 def ignored_files(private: PrivateGit, clone: Clone) -> tuple[str, ...]:
@@ -1576,16 +1650,20 @@ def ignored_files(private: PrivateGit, clone: Clone) -> tuple[str, ...]:
 
 
 def read_start(private: PrivateGit, clone: Clone, base: str) -> Start:
-    return Start(base, capture(private, clone)[0], ignored_files(private, clone))
+    private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
+    tree, unfit = capture(private, clone)
+    if bad := next((finding for finding in unfit if finding.kind != "nested"), None):
+        raise Refusal(f"{bad.path} cannot be read back from a fresh checkout; check the filters of your Git settings.")
+    return Start(base, tree, ignored_files(private, clone))
 
 
 def read_change(private: PrivateGit, clone: Clone, start: Start, message: str, *, sign: bool = False) -> Change:
     """What differs between the workspace's start and now, applied to the base and committed."""
-    tree, nested = capture(private, clone)
+    tree, unfit = capture(private, clone)
     tree = transplant(private, start, tree)
     commit = private.commit(tree, start.base, message, sign=sign)
     ignored = tuple(path for path in ignored_files(private, clone) if path not in start.ignored)
-    return Change(start.base, commit, tree, read_files(private, start.base, tree), ignored, nested)
+    return Change(start.base, commit, tree, read_files(private, start.base, tree), ignored, unfit)
 
 
 def transplant(private: PrivateGit, start: Start, tree: str) -> str:
@@ -1677,28 +1755,45 @@ def added_lines(private: PrivateGit, change: Change) -> Iterator[tuple[str, int,
 # -------------------------------------------------------------------------------------------- brief
 # The issue is untrusted: the agent reads what a person who sees it rendered reads.
 
-FENCED = r"^ {0,3}(?P<fence>`{3,}|~{3,}).*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
-HIDDEN = re.compile(
-    FENCED + r"|(?P<code>`+)(?!`).+?(?<!`)(?P=code)(?!`)"
-    r"|(?P<comment><!--.*?(?:-->|\Z)|^ {0,3}\[[^\]\n]+\]:[ \t]*(?:#|<#?>)[ \t]*[(\"'].*?$)",
-    re.DOTALL | re.MULTILINE,
+FENCE = r"^(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^ {0,3}(?P=fence)(?:(?<=`)`*|(?<=~)~*)[ \t]*$|\Z)"
+SPAN = r"(?<!`)(?P<span>`+)(?!`)[^\n]+?(?<!`)(?P=span)(?!`)"
+COMMENT = (
+    r"<!--.*?(?:-->|\Z)|<\?.*?\?>|<!\[CDATA\[.*?\]\]>|<![A-Za-z][^>]*>"
+    r"|^ {0,3}\[[^\]\n]+\]:[ \t]*(?:#|<#?>)[ \t]*[(\"'][^\n]*$"
 )
+HIDDEN = re.compile(f"{FENCE}|{SPAN}|(?P<comment>{COMMENT})", re.DOTALL | re.MULTILINE)
+RAW_HTML = re.compile(r"^ {0,3}<(?!!--)|<(?:pre|script|style|textarea)\b", re.IGNORECASE | re.MULTILINE)
+
+
+def is_shown_as_code(text: str, match: re.Match[str]) -> bool:
+    """Will what looks like code be rendered as such? In doubt not, and comments in it go like all others."""
+    before = text[: match.start()]
+    stray = re.search(r"[`\\<|]", re.sub(SPAN, "", before.rpartition("\n\n")[2]))
+    return not RAW_HTML.search(before) and (match["fence"] is not None or not stray)
 
 
 def clean_issue(text: str) -> tuple[str, int]:
     """The text without HTML comments and invisible characters, and how many of them there were."""
-    count = 0
-
-    def drop(match: re.Match[str]) -> str:
-        nonlocal count
-        if match["comment"] is None:
-            return match[0]
-        count += 1
-        return ""
-
-    text = HIDDEN.sub(drop, text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    parts, kept, at = [], 0, 0
+    while match := HIDDEN.search(text, at):
+        at = match.end()
+        if match["comment"] is not None:
+            parts.append(text[kept : match.start()])
+            kept = at
+        elif not is_shown_as_code(text, match):
+            at = match.end("fence" if match["fence"] else "span")
+    count, text = len(parts), "".join(parts) + text[kept:]
     seen = [c for c in text if c in "\n\t" or not (unicodedata.category(c) in ("Cf", "Cc", "Cs") or UNSEEN.match(c))]
     return "".join(seen), count + len(text) - len(seen)
+
+
+def as_text(data: bytes, what: str) -> str:
+    """The bytes as text: UTF-8, with or without a byte order mark, and without NUL."""
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\0" not in data:
+            return data.decode("utf-8-sig")
+    raise Refusal(f"{what} is not UTF-8 text; save it as UTF-8.")
 
 
 def read_issue(name: str, stdin: Any = None) -> Issue:
@@ -1718,13 +1813,7 @@ def read_issue(name: str, stdin: Any = None) -> Issue:
         raise Refusal(f"{what} cannot be read ({error.strerror}); check its permissions.") from None
     if len(data) > ISSUE_LIMIT:
         raise Refusal(f"{what} is larger than 1 MiB; cut it down to the task.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise Refusal(f"{what} is not UTF-8 text; save it as UTF-8.") from None
-    if "\0" in text:
-        raise Refusal(f"{what} is not text (it holds NUL bytes); save it as UTF-8 text.")
-    text, hidden = clean_issue(text)
+    text, hidden = clean_issue(as_text(data, what))
     if not text.strip():
         raise Refusal(f"{what} is empty; write down what is to be done.")
     heading = re.search(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*$", text, re.MULTILINE)
@@ -1763,10 +1852,7 @@ def find_config(run: Run) -> tuple[str, str] | None:
         if data is None and named:
             raise Refusal(f"{AGENT_CONFIG} names {name!r}, which is not a file in the base commit; commit it first.")
         if data is not None:
-            try:
-                return path, data.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                raise Refusal(f"the agent instructions {path!r} are not UTF-8 text; save them as UTF-8.") from None
+            return path, as_text(data, f"the file of agent instructions {path!r}")
     return None
 
 
@@ -1936,18 +2022,9 @@ def run_gate(run: Run, clone: Clone) -> tuple[Check, ...]:
     pairs = list(zip(run.settings.gate, run.gate, strict=True))
     if run.settings.gate != DEFAULT_GATE:
         return tuple(run_check(run, clone, command, words) for command, words in pairs)
-    checks: dict[str, Check] = {}
-
-    def one(command: str, words: list[str]) -> None:
-        checks[command] = run_check(run, clone, command, words)
-
-    beside = threading.Thread(target=one, args=pairs[0])
-    beside.start()
-    try:
-        one(*pairs[1])
-    finally:
-        beside.join()
-    return tuple(checks[command] for command, _ in pairs)
+    with beside(run.stop, lambda: run_check(run, clone, *pairs[0])) as first:
+        second = run_check(run, clone, *pairs[1])
+        return first(), second
 
 
 def open_checkout(run: Run, commit: str) -> Clone:
@@ -2069,9 +2146,7 @@ TOKENS = re.compile(
 
 def inspect_change(run: Run, change: Change, known_tests: set[str]) -> tuple[Finding, ...]:
     """Every finding on a change, each with what, where, why and its severity for this run."""
-    findings = [*path_findings(run, change, known_tests), *line_findings(run, change, known_tests)]
-    for path in change.nested:
-        findings.append(Finding("nested", path, None, "rejects", "a repository of its own, which no commit can hold"))
+    findings = [*path_findings(run, change, known_tests), *line_findings(run, change, known_tests), *change.unfit]
     for path, state in ground_state(run).items():
         if run.ground_before.get(path) != state:
             why = "outside the repository, and the gate's tools read it"
@@ -2126,7 +2201,7 @@ def path_findings(run: Run, change: Change, known_tests: set[str]) -> Iterator[F
                     "symlink", file.path, None, "rejects", f"a link that leaves the repository: {one_line(target)}"
                 )
         if file.mode == "160000" and file.status != "D":
-            yield Finding("nested", file.path, None, "rejects", "a repository of its own, which no commit can hold")
+            yield Finding("nested", file.path, None, "rejects", NESTED)
         elif file.binary:
             yield Finding("binary", file.path, None, "shown", "a binary file, which no one can review")
         if file.mode != file.old_mode and file.status not in "AD":
@@ -2349,9 +2424,11 @@ def baseline_key(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def judge_base(run: Run, key: str) -> Verdict:
+def judge_base(run: Run) -> Verdict | None:
     """The baseline: remembered when it was green, judged twice when it is red (the agent runs beside it)."""
-    store = run.records / "baseline" / f"{key}.json"
+    if not run.settings.baseline or not run.repo.common_dir:
+        return None
+    store = run.records / "baseline" / f"{baseline_key(run)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         told = json.loads(store.read_text("utf-8"))
         return Verdict(told["tree"], tuple(Check(**check) for check in told["checks"]))
@@ -2364,6 +2441,8 @@ def judge_base(run: Run, key: str) -> Verdict:
         temporary = store.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(told), "utf-8")
         temporary.replace(store)
+    if not verdict.passed:
+        run.stop.set()  # no verdict on the agent's work could mean anything
     return verdict
 
 
@@ -2448,7 +2527,7 @@ def switch_to(run: Run, branch: str, change: Change) -> bool:
         run.mentions.append(f"HEAD was left where it is: {one_line(in_way[0])} of yours would be overwritten.")
         return False
     try:
-        git(repo, "checkout", "-q", "--no-overwrite-ignore", branch, "--")
+        git(repo, "switch", "-q", "--no-guess", "--no-overwrite-ignore", branch)  # refuses in mid-rebase
     except GitError as error:
         run.mentions.append(f"HEAD was left where it is: {error}")
         return False
@@ -2958,7 +3037,7 @@ def plant_red_build(run: Run) -> str:
 def issue_to_pr(run: Run) -> Ending:
     """From an issue to a proposal: the agent works while the gate judges the base."""
     prepare_workspace(run)
-    with beside(run) as baseline:
+    with beside(run.stop, lambda: judge_base(run)) as baseline:
         failure: Verdict | None = None
         for number in range(1, run.settings.attempts + 1):
             attempt = take_turn(run, number, failure)
@@ -3032,38 +3111,6 @@ def prepare_workspace(run: Run) -> None:
     for name in run.ground.unfaithful:
         run.console.say(f"  note: {name} is imported from your checkout, not from the clone, without the kernel level")
     note_for_recovery(run)
-
-
-@contextlib.contextmanager
-def beside(run: Run) -> Iterator[Callable[[], Verdict | None]]:
-    """Judge the base while the body runs; yields a function that waits for the verdict."""
-    result: list[Verdict | Exception] = []
-
-    def work() -> None:
-        try:
-            verdict = judge_base(run, baseline_key(run))
-            result.append(verdict)
-            if not verdict.passed:
-                run.stop.set()  # no verdict on the agent's work could mean anything
-        except Exception as error:  # noqa: BLE001  (handed to the one who waits, below)
-            result.append(error)
-
-    def wait() -> Verdict | None:
-        if thread:
-            thread.join()
-        if result and isinstance(result[0], Exception):
-            raise result[0]
-        return result[0] if result and isinstance(result[0], Verdict) else None
-
-    thread = threading.Thread(target=work) if run.settings.baseline and run.repo.common_dir else None
-    if thread:
-        thread.start()
-    try:
-        yield wait
-    finally:
-        run.stop.set()
-        if thread:
-            thread.join()
 
 
 def take_turn(run: Run, number: int, failure: Verdict | None) -> Attempt:
@@ -3265,6 +3312,7 @@ def note_for_recovery(run: Run) -> None:
         "config": run.private.config,
         "start": run.t0._asdict(),
         "name": record_name(run),
+        "carried": clone.carried,
         "mount_points": points,
     }
     (run.folder / "run.json").write_text(json.dumps(told, default=str), "utf-8")
@@ -3442,6 +3490,9 @@ def check_repository(run: Run) -> None:
         run.base = found.strip()
     elif run.settings.command == "issue-to-pr":
         run.base = before_proposal(run, repo.head)
+    if git(repo, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", check=False):
+        if "\n?" in "\n" + git(repo, "rev-list", "--objects", "--no-walk", "--missing=print", run.base):
+            raise Refusal("this partial clone lacks files of the base; get them: git fetch --refetch --no-filter")
     if git(repo, "for-each-ref", "--format=x", "refs/heads/agent").strip():
         exact = git(repo, "rev-parse", "--verify", "-q", "refs/heads/agent", check=False).strip()
         if exact:
@@ -3455,6 +3506,8 @@ def check_repository(run: Run) -> None:
             raise Refusal(f"--carry {path!r} is no file or folder in this repository; give a path relative to its top.")
         if git(repo, "ls-files", "--", f":(top,literal){path}").strip():
             raise Refusal(f"--carry {path!r} is tracked by Git, so every clone has it already; leave it out.")
+    carry = (os.path.relpath(repo.top / path, repo.top).replace(os.sep, "/") for path in run.settings.carry)
+    run.settings = run.settings._replace(carry=tuple(carry))
 
 
 def before_proposal(run: Run, head: str) -> str:
@@ -3467,9 +3520,15 @@ def before_proposal(run: Run, head: str) -> str:
                 starts[told["commit"]] = told.get("start") or told.get("base")
     if not (run.repo.head_ref or "").startswith("refs/heads/agent/"):
         return head
-    while head in starts and starts[head] != head:
+    while head in starts and starts[head] != head and not is_merged(run.repo, head):
         head = starts.pop(head)
     return head
+
+
+def is_merged(repo: Repo, commit: str) -> bool:
+    """Does a branch that is no proposal hold the commit?"""
+    holders = git(repo, "for-each-ref", "--format=%(refname)", f"--contains={commit}", "refs/heads", "refs/remotes")
+    return any("/agent/" not in name for name in holders.splitlines())
 
 
 def check_git() -> None:
