@@ -224,6 +224,10 @@ class Verdict(NamedTuple):
         return all(check.passed for check in self.checks)
 
     @property
+    def colour(self) -> str:
+        return "green" if self.passed else "red"
+
+    @property
     def reason(self) -> str:
         return "; ".join(f"{c.name}: {c.reason}" for c in self.checks if not c.passed)
 
@@ -310,9 +314,15 @@ class Console:
 
     def __init__(self, *, json_on_stdout: bool = False) -> None:
         self.stream = sys.stderr if json_on_stdout else sys.stdout
-        self.colours = self.stream.isatty() and not os.environ.get("NO_COLOR")
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.colours = self.live and not os.environ.get("NO_COLOR")
+        self.in_runner = any(os.environ.get(f"{forge}_ACTIONS") == "true" for forge in ("GITHUB", "FORGEJO", "GITEA"))
         self.secrets: tuple[str, ...] = ()
         self.lock = threading.Lock()
+        self.began: float | None = None  # of the step under way
+        self.latest = ""  # line of the agent's
+        self.status = ""  # what stands in place, to be erased before anything else is printed
+        self.resume = ""  # the word at which a forge's runner obeys again
 
     def mask(self, text: str) -> str:
         for secret in self.secrets:
@@ -324,18 +334,58 @@ class Console:
         text = self.mask(text)
         if style and self.colours:
             text = f"\x1b[{style}m{text}\x1b[0m"
+        self.write(f"{text}\n")
+
+    def write(self, text: str, status: str = "") -> None:
         with self.lock, contextlib.suppress(OSError, ValueError):
+            text = ("\r\x1b[K" if self.status else "") + text + status
+            self.status = status
             encoding = self.stream.encoding or "utf-8"
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
 
-    def step(self, text: str) -> None:
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Announce a step; at its end say how it ended, and after how long."""
+        ended: list[str] = []
         self.say(f"▸ {text}", style="1")
+        self.began, self.latest = started, _ = time.monotonic(), ""
+        try:
+            yield ended.append
+        finally:
+            self.began = None
+        self.say(f"  {'; '.join(ended) or 'done'} ({duration_text(time.monotonic() - started)})")
+
+    def tick(self) -> None:
+        """On a terminal, show in place how long the step has been running and the agent's latest line."""
+        if self.live and self.began is not None:
+            minutes, past = divmod(int(time.monotonic() - self.began), 60)
+            text = self.mask(f"  {minutes}:{past:02} {one_line(self.latest)}")
+            status = cut_to_width(text, shutil.get_terminal_size().columns - 1)
+            if status != self.status:
+                self.write("", status)
 
     def theirs(self, who: str, text: str) -> None:
         """A line of the agent's or the gate's own: prefixed, so that it cannot pass for ours."""
         for line in plain(text, colours=self.colours).split("\n"):
             self.say(f"  {who} │ {line}" + ("\x1b[0m" if "\x1b" in line else ""))
+
+    def tell_runner(self, command: str = "", *, more: bool = True) -> None:
+        """Give a forge's runner a command. Between two of ours it obeys none, whoever's text holds one."""
+        if self.in_runner:
+            lines = [f"::{self.resume}::"] if self.resume else []
+            self.resume = hashlib.sha256(os.urandom(32)).hexdigest() if more else ""
+            lines += [f"::{command}"] if command else []
+            self.say("\n".join([*lines, f"::stop-commands::{self.resume}"] if more else lines))
+
+
+def cut_to_width(text: str, columns: int) -> str:
+    """As much of the text as fits into so many cells of a terminal."""
+    for number, char in enumerate(text):
+        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 0 if unicodedata.combining(char) else 1
+        if columns < 0:
+            return text[:number]
+    return text
 
 
 class Kept:
@@ -531,9 +581,9 @@ def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> Non
     pending = b""
     while chunk := os.read(stream.fileno(), 1 << 16):
         kept.add(chunk)
-        if on_line and kept.total <= kept.limit:
+        if on_line:
             *lines, pending = (pending + chunk.replace(b"\r", b"\n")).split(b"\n")
-            for line in lines:
+            for line in lines if kept.total <= kept.limit else lines[-1:]:
                 on_line(line.decode("utf-8", "replace"))
             if len(pending) > 4096:
                 on_line(pending.decode("utf-8", "replace"))
@@ -542,7 +592,13 @@ def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> Non
         on_line(pending.decode("utf-8", "replace"))
 
 
-def run_guarded(job: Job, *, stop: threading.Event | None = None, on_line: Callable[[str], None] | None = None) -> Ran:
+def run_guarded(
+    job: Job,
+    *,
+    stop: threading.Event | None = None,
+    on_line: Callable[[str], None] | None = None,
+    on_tick: Callable[[], None] = lambda: None,
+) -> Ran:
     """Run a command that we do not trust, to its end or its limit, and end all that it started."""
     started = time.monotonic()
     try:
@@ -557,6 +613,7 @@ def run_guarded(job: Job, *, stop: threading.Event | None = None, on_line: Calla
     timed_out = False
     try:
         while process.poll() is None:  # whoever still holds the pipe after that does not hold us
+            on_tick()
             reader.join(0.05)
             if not reader.is_alive():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -816,6 +873,8 @@ def cache_root(top: Path) -> Path:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder that an agent may have locked, or nested deeper than Python can recurse."""
+    if path.is_symlink():
+        path.unlink()
     with contextlib.suppress(OSError, RecursionError):
         shutil.rmtree(path)
     if os.path.lexists(path) and not WINDOWS:
@@ -942,10 +1001,12 @@ def secrets_in(environ: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(sorted(values, key=len, reverse=True))
 
 
-def find_bwrap(mode: str) -> tuple[str | None, str]:
+def find_bwrap(mode: str, top: Path) -> tuple[str | None, str]:
     """bubblewrap's path when the kernel level works here, else None and why not."""
     path = shutil.which("bwrap") if LINUX and mode != "off" else None
     reason = "--sandbox off" if mode == "off" else "bubblewrap (bwrap) is not installed" if LINUX else "no Linux"
+    if path and home_folder().resolve().is_relative_to(top):
+        path, reason = None, "the repository holds your home folder"
     if path:
         probe = [path, *namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
         status, _, err = call(probe, limit=20)
@@ -982,6 +1043,7 @@ def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
     hooks, shims = folder / "hooks", folder / "bin"
     for made in (hooks, shims, folder / "empty"):
         made.mkdir(parents=True)
+    (folder / "nothing").touch()
     scripts = {hooks / "reference-transaction": HOOK.format(rule=RULE)}
     for name in ("gh", "glab", "tea", "ssh-refused"):
         scripts[shims / name] = SHIM.format(name=name, rule=RULE)
@@ -1247,32 +1309,35 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     """bubblewrap's arguments: the machine read-only, the clone at the repository's path. Later ones win."""
     home, top = home_folder().resolve(), run.repo.top
     xdg = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
-    xdg += [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+    xdg += [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     free = [home, *(Path(p).resolve() for p in xdg if p)]
-    stores = [home / name for name in STORES]
+    sockets = (os.environ.get("SSH_AUTH_SOCK"), os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}")
+    stores = [home / name for name in STORES] + [Path(p) for p in sockets if p]
     args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
 
     def mount(how: str, paths: Iterable[Path]) -> None:
-        for path in paths:
-            if path.exists() and path != Path("/"):
+        for path in (p.resolve() for p in paths if p.exists()):
+            if path != Path("/"):
                 args.extend((how, path, path))
 
     mount("--bind", free)
-    for path in stores:
-        if path.exists():
-            args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
     mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *local_remotes(run.repo)))
+    for path in (p.resolve() for p in stores if p.exists()):
+        args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
     for path in other_checkouts(run.repo):
         if path.exists():
             args.extend(("--tmpfs", path))
     args.extend(("--tmpfs", run.folder.parent))
-    mount("--ro-bind", (run.folder / "guard", run.folder / "git" / "objects", run.record_brief))
+    mount("--ro-bind", (run.folder / "guard", run.record_brief))
     mount("--bind", [tmp])
-    for number, folder in enumerate(object_folders(run.repo)):
-        args.extend(("--ro-bind", folder, run.folder / f"objects-{number}"))
+    seen = run.borrowed_objects()  # the clone names them all; lists of their own would lead back to it, in a circle
+    for place, folder in zip(seen, (seen[0], *object_folders(run.repo)), strict=False):
+        args.extend(("--ro-bind", folder, place))
+        if (folder / "info" / "alternates").exists():
+            args.extend(("--ro-bind", run.folder / "guard" / "nothing", place / "info" / "alternates"))
     args.extend(("--bind", clone.path, top))
     mount("--ro-bind", run.ground.borrowed)
     return [os.fspath(arg) for arg in args]
@@ -1979,7 +2044,8 @@ def run_check(run: Run, clone: Clone, command: str, words: Sequence[str], role: 
         tmp.mkdir(exist_ok=True)
         report = tmp / f"report-{threading.get_ident()}.xml"
         argv = with_report(argv, str(report))
-    ran = run_guarded(guarded_job(run, clone, argv, role=role, limit=run.settings.gate_timeout), stop=run.stop)
+    job = guarded_job(run, clone, argv, role=role, limit=run.settings.gate_timeout)
+    ran = run_guarded(job, stop=run.stop, on_tick=run.console.tick)
     tests = None
     if report:
         tests = read_report(report, (clone.seen, tmp, run.folder))
@@ -3063,14 +3129,16 @@ def issue_to_pr(run: Run) -> Ending:
 
 def self_heal(run: Run) -> Ending:
     """From a red check to a proposal: judge, let the agent repair, judge again, up to the cap."""
-    run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}")
     prepare_workspace(run)
-    run.baseline = failure = as_baseline(judge(run, run.base))
-    show_checks(run, failure)
+    with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
+        run.baseline = failure = as_baseline(judge(run, run.base))
+        show_checks(run, failure)
+        ended(f"the base is {failure.colour}")
     if failure.passed:
         return Ending("already-green", "the gate is green at the base; there is nothing to repair", verdict=failure)
-    run.console.step("the red commands run once more, before an agent is spent on them")
-    again = as_baseline(judge(run, run.base))
+    with run.console.step("the gate judges the base once more, before an agent is spent on it") as ended:
+        again = as_baseline(judge(run, run.base))
+        ended(f"the base is {again.colour} this time" if again.passed else "the base is red again")
     if again.passed:
         return Ending(
             "gave-up",
@@ -3101,8 +3169,7 @@ def prepare_workspace(run: Run) -> None:
     setup = [split_command(command, "--setup") for command in run.settings.setup]
     run.ground = survey_ground(run, [run.agent, *run.gate, *(bring_untracked(w, run, gate=True) for w in setup)])
     if run.settings.setup:
-        run.console.step(f"setup: {'; '.join(run.settings.setup)}")
-        with mount_points(run, run.workspace):
+        with run.console.step(f"setup: {'; '.join(run.settings.setup)}"), mount_points(run, run.workspace):
             for check in run_setup(run, run.workspace, "setup"):
                 if not check.passed:
                     raise Refusal(f"--setup {check.command!r} failed: {check.reason}\n{telling_lines(check.output)}")
@@ -3118,16 +3185,13 @@ def take_turn(run: Run, number: int, failure: Verdict | None) -> Attempt:
     previous = run.attempts[-1] if run.attempts else None
     brief = build_prompt(run, failure, previous)
     run.note(f"brief-{number}.md", brief)
-    run.console.step(
-        f"attempt {number} of {run.settings.attempts}: the agent works "
-        f"(at most {duration_text(run.settings.agent_timeout)})"
-    )
     run.attempts.append(Attempt(number, Ran(None, "", 0.0)))
-    ran = run_agent(run, brief)
+    limit = duration_text(run.settings.agent_timeout)
+    with run.console.step(f"attempt {number} of {run.settings.attempts}: the agent works (at most {limit})") as ended:
+        ran = run_agent(run, brief)
+        ended("the agent was stopped at its limit" if ran.timed_out else f"the agent ended with status {ran.status}")
     run.note(f"agent-{number}.log", ran.output)
     run.attempts[-1] = Attempt(number, ran)
-    ending = "was stopped at its limit" if ran.timed_out else f"ended with status {ran.status}"
-    run.console.say(f"  the agent {ending} after {duration_text(ran.seconds)}")
     change = change_of_workspace(run)
     run.attempts[-1] = Attempt(number, ran, change)
     for path in change.ignored[:10] if change else ():
@@ -3146,15 +3210,20 @@ def run_agent(run: Run, brief: str) -> Ran:
 
     def show(line: str) -> None:
         nonlocal shown
-        shown += 1
+        before, shown = shown, shown + 1 + len(line.encode()) // 300  # a long line counts as several
+        run.console.latest = line
         if shown <= SHOWN_LINES:
             run.console.theirs("agent", line)
-        elif shown == SHOWN_LINES + 1:
+        elif before <= SHOWN_LINES:
             run.console.say("  … more of its output is in the record")
 
     with mount_points(run, run.workspace):
         job = guarded_job(run, run.workspace, words, role="agent", limit=run.settings.agent_timeout, stdin=stdin)
-        return run_guarded(job, stop=run.stop, on_line=show)
+        run.console.tell_runner("group::the agent's output")
+        try:
+            return run_guarded(job, stop=run.stop, on_line=show, on_tick=run.console.tick)
+        finally:
+            run.console.tell_runner("endgroup::")
 
 
 def change_of_workspace(run: Run) -> Change | None:
@@ -3169,18 +3238,20 @@ def judge_change(run: Run, attempt: Attempt, *, repair: bool) -> Verdict:
     """The gate's verdict on a change: its commands, the tests that must still count, integrity."""
     change = attempt.change
     assert change is not None
-    run.console.step(f"the gate judges the change ({len(change.files)} files): {'; '.join(run.settings.gate)}")
-    verdict = judge(run, change.commit)
-    before = run.baseline or Verdict("", ())
-    known = {name.split("::")[0] for check in before.checks for name in check.tests or ()}
-    touched = {path for file in change.files for path in (file.path, file.old_path)}
-    verdict = with_lost_tests(verdict, lost_tests(before, verdict, touched, repair=repair))
-    findings = inspect_change(run, change, known)
-    bad = [f for f in findings if f.severity == "rejects"]
-    reason = "; ".join(finding_text(f) for f in bad[:5]) + ("; …" if len(bad) > 5 else "")
-    integrity = Check("integrity", "the diff", not bad, reason or "passed")
-    verdict = verdict._replace(checks=(*verdict.checks, integrity), findings=findings)
-    show_checks(run, verdict)
+    files = f"{len(change.files)} file{'s' if len(change.files) != 1 else ''}"
+    with run.console.step(f"the gate judges the change ({files}): {'; '.join(run.settings.gate)}") as ended:
+        verdict = judge(run, change.commit)
+        before = run.baseline or Verdict("", ())
+        known = {name.split("::")[0] for check in before.checks for name in check.tests or ()}
+        touched = {path for file in change.files for path in (file.path, file.old_path)}
+        verdict = with_lost_tests(verdict, lost_tests(before, verdict, touched, repair=repair))
+        findings = inspect_change(run, change, known)
+        bad = [f for f in findings if f.severity == "rejects"]
+        reason = "; ".join(finding_text(f) for f in bad[:5]) + ("; …" if len(bad) > 5 else "")
+        integrity = Check("integrity", "the diff", not bad, reason or "passed")
+        verdict = verdict._replace(checks=(*verdict.checks, integrity), findings=findings)
+        show_checks(run, verdict)
+        ended(f"the gate is {verdict.colour}")
     run.attempts[-1] = attempt._replace(verdict=verdict)
     for check in verdict.checks:
         run.note(f"gate-{attempt.number}-{slug_of(check.name)}.log", check.output)
@@ -3244,8 +3315,8 @@ def reject(run: Run, outcome: str, failure: Verdict | None) -> Ending:
 
 def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
     """A green verdict: gather the proof. The branch is made in `conclude`, once P1 is verified."""
-    run.console.step("proof: new tests on the old code, old tests on the new code")
-    proof = prove(run, change, verdict)
+    with run.console.step("proof: new tests on the old code, old tests on the new code"):
+        proof = prove(run, change, verdict)
     return Ending("proposed", "", change=change, verdict=verdict, proof=proof)
 
 
@@ -3551,7 +3622,7 @@ def prepare(run: Run) -> None:
     check_gate(run)
     if run.repo.common_dir:
         run.repo = run.repo._replace(identity=find_identity(run.repo))
-    run.bwrap, run.no_kernel = find_bwrap(settings.sandbox)
+    run.bwrap, run.no_kernel = find_bwrap(settings.sandbox, run.repo.top)
     run.console.secrets = secrets_in(os.environ.items())
     run.open(run.issue.slug if run.issue else "self-heal")
     if not run.repo.common_dir:
