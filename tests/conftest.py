@@ -21,23 +21,27 @@ PROGRAM = ROOT / "agent_runner.py"
 CHEAP_GATE = f"{shlex.quote(sys.executable)} -S -c pass"
 
 
-@pytest.fixture(autouse=True)
-def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A HOME, a cache, a Git configuration and an environment of the test's own."""
+def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """An empty HOME, and an environment in which nothing of this machine's user decides anything."""
     for name in list(os.environ):
         if name.startswith(
             ("GIT_", "AGENT_", "XDG_", "GH_", "GITHUB_", "GITLAB_", "ACTIONS_", "CI_", "PYTEST_ADDOPTS")
         ):
-            monkeypatch.delenv(name)
-    home = tmp_path / "home"
+            patch.delenv(name)
     home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setenv("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
-    return home
+    patch.setenv("HOME", str(home))
+    patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    patch.setenv("LC_ALL", "C.UTF-8")
+    patch.setenv("NO_COLOR", "1")
+    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    patch.setenv("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
+
+
+@pytest.fixture(autouse=True)
+def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A HOME, a cache, a Git configuration and an environment of the test's own."""
+    isolate(monkeypatch, tmp_path / "home")
+    return tmp_path / "home"
 
 
 class Result(NamedTuple):
@@ -111,10 +115,9 @@ class Repository:
         return self.git("rev-parse", f"{ref}^{{tree}}")
 
 
-@pytest.fixture
-def repo(tmp_path: Path) -> Repository:
+def small_app(path: Path) -> Repository:
     """A small app with a passing test, committed on `main`."""
-    made = Repository(tmp_path / "app")
+    made = Repository(path)
     made.path.mkdir()
     made.git("init", "-q", "-b", "main")
     made.git("config", "user.name", "Ada")
@@ -124,6 +127,12 @@ def repo(tmp_path: Path) -> Repository:
     made.write("issue.md", "# Triple a number\n\n`triple(x)` in calc.py returns three times x.\n")
     made.commit("start")
     return made
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repository:
+    """A small app with a passing test, committed on `main`."""
+    return small_app(tmp_path / "app")
 
 
 @pytest.fixture
