@@ -332,6 +332,9 @@ class Console:
     def say(self, text: str = "", *, style: str = "") -> None:
         """Print a line. A reader that has gone away (`| head`) does not end the run."""
         text = self.mask(text)
+        if self.stream.isatty() and (prefix := re.match(r"  (\w+ )?│ ", text)):
+            pieces = fold(text[prefix.end() :], shutil.get_terminal_size().columns - prefix.end())
+            text = "\n".join(prefix[0] + piece for piece in pieces)
         if style and self.colours:
             text = f"\x1b[{style}m{text}\x1b[0m"
         self.write(f"{text}\n")
@@ -377,6 +380,19 @@ class Console:
             self.resume = hashlib.sha256(os.urandom(32)).hexdigest() if more else ""
             lines += [f"::{command}"] if command else []
             self.say("\n".join([*lines, f"::stop-commands::{self.resume}"] if more else lines))
+
+
+def fold(text: str, columns: int) -> list[str]:
+    """The text in pieces of at most so many cells, since what a terminal wraps by itself bears no prefix."""
+    pieces, room = [""], columns
+    for part in re.findall(r"\x1b\[[0-9;]*m|.", text.expandtabs()):
+        cells = 0 if part.startswith("\x1b") else 1 if part.isascii() else 2
+        if cells > room:
+            pieces.append("")
+            room = columns
+        pieces[-1] += part
+        room -= cells
+    return pieces
 
 
 def cut_to_width(text: str, columns: int) -> str:
@@ -585,7 +601,7 @@ def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> Non
             *lines, pending = (pending + chunk.replace(b"\r", b"\n")).split(b"\n")
             for line in lines if kept.total <= kept.limit else lines[-1:]:
                 on_line(line.decode("utf-8", "replace"))
-            if len(pending) > 4096:
+            if len(pending) > 1 << 16:
                 on_line(pending.decode("utf-8", "replace"))
                 pending = b""
     if on_line and pending:
@@ -998,7 +1014,8 @@ def is_withheld(name: str, kept: Sequence[str]) -> bool:
 def secrets_in(environ: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Values that must appear in no output and no proposal: tokens and keys of eight characters or more."""
     values = {v for k, v in environ if len(v) >= 8 and SECRET_NAME.search(k) and not k.startswith("GIT_CONFIG")}
-    return tuple(sorted(values, key=len, reverse=True))
+    parts = {part for value in values for part in (value, json.dumps(value)[1:-1], *value.splitlines())}
+    return tuple(sorted((part for part in parts if len(part) >= 8), key=len, reverse=True))
 
 
 def find_bwrap(mode: str, top: Path) -> tuple[str | None, str]:
