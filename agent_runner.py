@@ -133,6 +133,7 @@ class Issue(NamedTuple):
     text: str
     slug: str
     hidden: int  # comments and invisible characters taken out
+    reference: str = ""  # its address or number at the forge, where the text tells it
 
 
 class Clone(NamedTuple):
@@ -352,7 +353,8 @@ class Console:
         """Announce a step; at its end say how it ended, and after how long."""
         ended: list[str] = []
         self.say(f"▸ {text}", style="1")
-        self.began, self.latest = started, _ = time.monotonic(), ""
+        self.began = started = time.monotonic()
+        self.latest = ""
         try:
             yield ended.append
         finally:
@@ -364,7 +366,7 @@ class Console:
         if self.live and self.began is not None:
             minutes, past = divmod(int(time.monotonic() - self.began), 60)
             text = self.mask(f"  {minutes}:{past:02} {one_line(self.latest)}")
-            status = cut_to_width(text, shutil.get_terminal_size().columns - 1)
+            status = fold(text, shutil.get_terminal_size().columns - 1)[0]
             if status != self.status:
                 self.write("", status)
 
@@ -393,15 +395,6 @@ def fold(text: str, columns: int) -> list[str]:
         pieces[-1] += part
         room -= cells
     return pieces
-
-
-def cut_to_width(text: str, columns: int) -> str:
-    """As much of the text as fits into so many cells of a terminal."""
-    for number, char in enumerate(text):
-        columns -= 2 if unicodedata.east_asian_width(char) in "WF" else 0 if unicodedata.combining(char) else 1
-        if columns < 0:
-            return text[:number]
-    return text
 
 
 class Kept:
@@ -826,6 +819,8 @@ class PrivateGit:
         for source, copy in (("shallow", self.dir / "shallow"), ("info/exclude", info / "exclude")):
             with contextlib.suppress(FileNotFoundError):
                 copy.write_bytes((self.repo.common_dir / source).read_bytes())
+        with open(info / "exclude", "ab") as excludes:
+            excludes.write(b"\n__pycache__/\n")  # whoever runs the tests leaves these, ignored or not
 
     def __call__(
         self, *args: str, clone: Clone | None = None, stdin: bytes = b"", index: Path | None = None, check: bool = True
@@ -1074,7 +1069,8 @@ def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
     if repo.common_dir and not kernel:
         included = folder / "repository.gitconfig"
         included.write_text(f"[core]\n\thooksPath = {json.dumps(str(hooks))}\n", "utf-8")
-        for pattern in (f"{repo.common_dir}", f"{repo.common_dir}/"):
+        literal = re.sub(r"[*?\[\]\\]", r"\\\g<0>", repo.common_dir.as_posix())
+        for pattern in (literal, f"{literal}/"):
             config[f"includeIf.gitdir:{pattern}.path"] = str(included)
         for number, address in enumerate((str(repo.top), f"file://{repo.top}")):
             config[f"url.file:///refused-by-agent_runner/{number}/.pushInsteadOf"] = address
@@ -1461,7 +1457,7 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
     moved, known = [], run.known | known_commits(run)
     if before.head != after.head:
         undo = (
-            f"git symbolic-ref HEAD {before.head[5:]}"
+            f"git symbolic-ref HEAD {shlex.quote(before.head[5:])}"
             if before.head.startswith("ref: ")
             else (f"git update-ref --no-deref HEAD {before.head}")
         )
@@ -1553,6 +1549,7 @@ class Run:
         self.gate: list[list[str]] = []
         self.slug = ""
         self.issue: Issue | None = None
+        self.forge: Forge | None = None
 
     def open(self, slug: str) -> None:
         """Make the run's folder, its private Git directory and its guard."""
@@ -1713,16 +1710,17 @@ def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]
         tree, more = capture(private, clone)
         return tree, (*unfit, *more)
     apart |= set(nested)
-    spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in sorted(apart))
+    left_out = [path for path in sorted(apart) if apart.isdisjoint(parents_of(path))]
+    left_out = [path for path in left_out if not follows_link(clone.path / os.path.dirname(path))]
+    spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in left_out)
     add = ("add", "-A", "--ignore-errors", "--pathspec-from-file=-", "--pathspec-file-nul")
     try:
         private(*add, clone=clone, stdin=os.fsencode(spec))
-    except GitError:  # names that Git takes for its own, a pipe in a file's place: told by what is left over
+    except GitError as error:  # a name that Git keeps for itself, a pipe in a file's place: told by what is left over
         left = zsplit(private("ls-files", "-o", "-m", "--exclude-standard", "-z", clone=clone))
-        left = [path for path in left if apart.isdisjoint((path, *parents_of(path)))]
-        if not left:
-            raise
-        unfit += tuple(Finding("path", path, None, "rejects", "Git cannot put this into a commit") for path in left)
+        why = f"cannot be committed ({one_line(str(error))})"
+        left = [path for path in left if apart.isdisjoint((path.rstrip("/"), *parents_of(path)))]
+        unfit += tuple(Finding("path", path, None, "rejects", why) for path in left)
     return private("write-tree", clone=clone).strip(), unfit
 
 
@@ -1735,7 +1733,7 @@ def read_start(private: PrivateGit, clone: Clone, base: str) -> Start:
     private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
     tree, unfit = capture(private, clone)
     if bad := next((finding for finding in unfit if finding.kind != "nested"), None):
-        raise Refusal(f"{bad.path} cannot be read back from a fresh checkout; check the filters of your Git settings.")
+        raise Refusal(f"{finding_text(bad)}; check your Git settings (filters, line endings).")
     return Start(base, tree, ignored_files(private, clone))
 
 
@@ -1838,33 +1836,28 @@ def added_lines(private: PrivateGit, change: Change) -> Iterator[tuple[str, int,
 # The issue is untrusted: the agent reads what a person who sees it rendered reads.
 
 FENCE = r"^(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^ {0,3}(?P=fence)(?:(?<=`)`*|(?<=~)~*)[ \t]*$|\Z)"
-SPAN = r"(?<!`)(?P<span>`+)(?!`)[^\n]+?(?<!`)(?P=span)(?!`)"
-COMMENT = (
-    r"<!--.*?(?:-->|\Z)|<\?.*?\?>|<!\[CDATA\[.*?\]\]>|<![A-Za-z][^>]*>"
-    r"|^ {0,3}\[[^\]\n]+\]:[ \t]*(?:#|<#?>)[ \t]*[(\"'][^\n]*$"
-)
-HIDDEN = re.compile(f"{FENCE}|{SPAN}|(?P<comment>{COMMENT})", re.DOTALL | re.MULTILINE)
-RAW_HTML = re.compile(r"^ {0,3}<(?!!--)|<(?:pre|script|style|textarea)\b", re.IGNORECASE | re.MULTILINE)
-
-
-def is_shown_as_code(text: str, match: re.Match[str]) -> bool:
-    """Will what looks like code be rendered as such? In doubt not, and comments in it go like all others."""
-    before = text[: match.start()]
-    stray = re.search(r"[`\\<|]", re.sub(SPAN, "", before.rpartition("\n\n")[2]))
-    return not RAW_HTML.search(before) and (match["fence"] is not None or not stray)
+SPAN = r"(?<!`)(?P<span>`+)(?!`)[^\n]{1,500}?(?<!`)(?P=span)(?!`)"
+HIDDEN = r"(?P<comment><!--.*?(?:-->|\Z)|^ {0,3}\[[^\]\n]+\]:[ \t]*(?:#|<#?>)[ \t]*[(\"'][^\n]*$)"
+CODE_OR_HIDDEN = re.compile(f"{FENCE}|{SPAN}|{HIDDEN}", re.DOTALL | re.MULTILINE)
+HIDDEN_ONLY = re.compile(HIDDEN, re.DOTALL | re.MULTILINE)
+RAW_HTML = re.compile(r"^ {0,3}<(?!!--)|<(pre|script|style|textarea|\?|!(?!--))", re.IGNORECASE | re.MULTILINE)
 
 
 def clean_issue(text: str) -> tuple[str, int]:
     """The text without HTML comments and invisible characters, and how many of them there were."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    parts, kept, at = [], 0, 0
-    while match := HIDDEN.search(text, at):
-        at = match.end()
-        if match["comment"] is not None:
+    raw = RAW_HTML.search(text)
+    sure = raw.start() if raw else len(text)  # beyond, what looks like code may be rendered as HTML
+    parts, kept, at, tidy = [], 0, 0, True  # tidy: the paragraph's backticks pair as they seem to
+    while match := (CODE_OR_HIDDEN if at < sure else HIDDEN_ONLY).search(text, at):
+        *blocks, gap = text[at : match.start()].rsplit("\n\n", 1)
+        tidy = (tidy or bool(blocks)) and not re.search(r"[`\\<|]", gap)
+        kind = match.lastgroup or ""
+        if kind == "comment":
             parts.append(text[kept : match.start()])
-            kept = at
-        elif not is_shown_as_code(text, match):
-            at = match.end("fence" if match["fence"] else "span")
+            kept = match.end()
+        tidy = match.start() < sure and (kind == "fence" or (kind == "span" and tidy))
+        at = match.end() if tidy or kind == "comment" else match.end(kind)
     count, text = len(parts), "".join(parts) + text[kept:]
     seen = [c for c in text if c in "\n\t" or not (unicodedata.category(c) in ("Cf", "Cc", "Cs") or UNSEEN.match(c))]
     return "".join(seen), count + len(text) - len(seen)
@@ -1898,9 +1891,13 @@ def read_issue(name: str, stdin: Any = None) -> Issue:
     text, hidden = clean_issue(as_text(data, what))
     if not text.strip():
         raise Refusal(f"{what} is empty; write down what is to be done.")
-    heading = re.search(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*$", text, re.MULTILINE)
+    told = re.match(r"title:[ \t]*(.+)\n(?:[a-z]+:.*\n)*(?:number:[ \t]*(\d+)\n)?", text)  # gh and glab issue view
+    heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*$", text, re.MULTILINE)
     title = one_line(heading[1] if heading else text.strip().split("\n")[0], 120)
-    return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden)
+    address = re.search(r"https?://[\w.-]+(?::\d+)?/[\w./-]+/issues/\d+", text)
+    number = re.search(r"#(\d+)\b", title) or re.match(r"title:(?:.*\n)+?number:[ \t]*(\d+)\n", text)
+    reference = address[0] if address else f"#{number[1]}" if number else ""
+    return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden, reference)
 
 
 def slug_of(name: str) -> str:
@@ -2438,10 +2435,12 @@ def prove(run: Run, change: Change, verdict: Verdict) -> Proof:
     tests = [f for f in change.files if f.path.endswith(".py") and TEST_PATH.search(f.path) and f.mode != "120000"]
     added = [f for f in tests if f.status != "D"]
     edited = [f for f in tests if f.status in "MR" and f.blob != f.old_blob]
+    before, now = passed_tests(run.baseline), passed_tests(verdict)
+    base = [test for check in (run.baseline or verdict).checks for test in (check.tests or {}).items()]
+    mended = {name: outcome for name, outcome in sorted(base) if outcome in ("failed", "error") and name in now}
     if number is None or not run.repo.common_dir or not (added or edited):
-        return Proof({}, {})
-    before = passed_tests(run.baseline)
-    new = {name for name in passed_tests(verdict) if name not in before}
+        return Proof(mended, {})
+    new = now - before - mended.keys()
     support = [f for f in change.files if f.status in "AM" and TEST_PATH.search(f.path)]
     new_on_old = {}
     if new:
@@ -2454,7 +2453,7 @@ def prove(run: Run, change: Change, verdict: Verdict) -> Proof:
         entries += "".join(f"{f.old_mode} {f.old_blob}\t{f.old_path}\0" for f in edited)
         tree = build_tree(run.private, change.tree, entries)
         old_on_new = run_tests_on(run, tree, number, [f.old_path for f in edited], "Old tests on the new code")
-    return Proof(new_on_old, old_on_new)
+    return Proof(mended | new_on_old, old_on_new)
 
 
 def passed_tests(verdict: Verdict | None) -> set[str]:
@@ -2507,14 +2506,16 @@ def baseline_key(run: Run) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def judge_base(run: Run) -> Verdict | None:
-    """The baseline: remembered when it was green, judged twice when it is red (the agent runs beside it)."""
-    if not run.settings.baseline or not run.repo.common_dir:
-        return None
-    store = run.records / "baseline" / f"{baseline_key(run)}.json"
+def recall_baseline(store: Path) -> Verdict | None:
+    """The verdict of an earlier run on the same base: it was green."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         told = json.loads(store.read_text("utf-8"))
         return Verdict(told["tree"], tuple(Check(**check) for check in told["checks"]))
+    return None
+
+
+def judge_base(run: Run, store: Path) -> Verdict:
+    """The baseline: remembered when it was green, judged twice when it is red (the agent runs beside it)."""
     verdict = as_baseline(judge(run, run.base))
     if not verdict.passed and not run.stop.is_set():
         verdict = as_baseline(judge(run, run.base))
@@ -2550,9 +2551,15 @@ def commit_message(run: Run) -> str:
 
 
 def harmless(text: str) -> str:
-    """The text with mentions and issue references that a forge would act on taken apart."""
-    text = re.sub(r"@(?=\w)", "(at)", text)
-    return re.sub(r"(?<!\w)#(?=\d)|(?<=\w)#(?=\d)|(?<!\w)GH-(?=\d)|!(?=\d)", "no. ", text)
+    """The text with what a forge would act on taken apart: mentions, references, [skip ci]."""
+    text = re.sub(r"\[(?=[^]\n]*\b(skip|no)\b[^]\n]*])", "(", text, flags=re.IGNORECASE)
+    return unreferenced(re.sub(r"@(?=\w)", "(at)", text))
+
+
+def unreferenced(text: str) -> str:
+    """The text without references to issues, which close them after a word like "fixes", in code spans too."""
+    text = re.sub(r"://(?=\S*/\d)", ":// ", text)
+    return re.sub(r"#(?=\d)|(?<!\w)GH-(?=\d)|!(?=\d)", "no. ", text, flags=re.IGNORECASE)
 
 
 def bring_commit(repo: Repo, private: PrivateGit, commit: str, ref: str = "") -> None:
@@ -2570,16 +2577,22 @@ def keep_commit(repo: Repo, private: PrivateGit, commit: str, name: str) -> str:
     return ref
 
 
-def ensure_branch(repo: Repo, name: str, commit: str) -> str:
-    """Create the branch at the commit under the first free name; an existing branch is never moved."""
+def free_branches(repo: Repo, name: str) -> Iterator[str]:
+    """The name, with -2, -3, … after it, where no branch has it."""
     for number in range(1, 1000):
         branch = name if number == 1 else f"{name}-{number}"
-        taken = git(repo, "for-each-ref", "--count=1", "--format=x", f"refs/heads/{branch}", f"refs/heads/{branch}/")
+        places = (f"refs/heads/{branch}", f"refs/heads/{branch}/")
+        if not git(repo, "for-each-ref", "--count=1", "--format=x", *places).strip():
+            yield branch
+
+
+def ensure_branch(repo: Repo, name: str, commit: str) -> str:
+    """Create the branch at the commit under the first free name; an existing branch is never moved."""
+    for branch in free_branches(repo, name):
         order = f"create refs/heads/{branch} {commit}\n".encode()
-        if not taken.strip():
-            with contextlib.suppress(GitError):
-                git(repo, "update-ref", "-m", "agent_runner: proposed", "--stdin", stdin=order)
-                return branch
+        with contextlib.suppress(GitError):
+            git(repo, "update-ref", "-m", "agent_runner: proposed", "--stdin", stdin=order)
+            return branch
     raise Refusal(f"no free branch name like {name}; delete old proposals with: git branch -D {name}")
 
 
@@ -2639,96 +2652,122 @@ def record_name(run: Run) -> str:
 class Forge(NamedTuple):
     """Where the proposal's pull request goes: the remote, the forge's kind, its web address."""
 
-    remote: str
+    remote: str  # the branch is pushed to it
+    into: str  # the remote that the pull request goes to: the same, or what it is a fork of
     kind: str  # github | gitlab | forgejo | other
-    web: str  # https://host/owner/name, "" where the address is none of a forge's
+    web: str  # https://host/owner/name of `into`, "" where the address is none of a forge's
+    pushed: str  # the same of `remote`
+
+
+FORGES = (
+    (r"^//.*\bgithub\b", "github"),
+    (r"^//.*\bgitlab\b|^\.gitlab-ci\.yml$", "gitlab"),
+    (r"^//.*\b(codeberg|forgejo|gitea)\b|^\.(forgejo|gitea)$", "forgejo"),
+)
 
 
 def find_forge(repo: Repo) -> Forge | None:
-    """The remote that Git itself would push to from here, and what it is."""
-    if not repo.common_dir:
-        return None
+    """Where Git would push a new branch from here, and where its pull request goes."""
     branch = (repo.head_ref or "").removeprefix("refs/heads/")
+    keys = (f"branch.{branch}.pushRemote", "remote.pushDefault", f"branch.{branch}.remote")
+    own, default, tracked = (git(repo, "config", "--get", key, check=False).strip() for key in keys)
     remotes = git(repo, "remote").split("\n")[:-1]
-    for key in (f"branch.{branch}.pushRemote", "remote.pushDefault", f"branch.{branch}.remote"):
-        name = git(repo, "config", "--get", key, check=False).strip()
-        if name in remotes:
-            break
-    else:
-        name = "origin" if "origin" in remotes else remotes[0] if remotes else ""
-    if not name:
+    remote = next((name for name in (own, default, "origin", tracked, *remotes) if name in remotes), None)
+    if remote is None:
         return None
-    web = web_address(git(repo, "config", "--get", f"remote.{name}.url", check=False).strip())
-    host = web.split("/")[2].lower() if web else ""
-    kinds = (("github", "github"), ("gitlab", "gitlab"), ("codeberg|forgejo|gitea", "forgejo"))
-    return Forge(name, next((kind for pattern, kind in kinds if re.search(pattern, host)), "other"), web)
+    into = next((name for name in ("upstream", tracked) if name in remotes), remote)
+    pushed = web_address(git(repo, "remote", "get-url", "--push", remote).strip())
+    web = web_address(git(repo, "remote", "get-url", into).strip())
+    if web.split("/")[:3] != pushed.split("/")[:3]:  # a fork lies on the same host
+        into, web = remote, pushed
+    names = ["//" + "".join(web.split("/")[2:3]), *git(repo, "ls-tree", "--name-only", "HEAD", check=False).split("\n")]
+    kinds = (kind for name in names for pattern, kind in FORGES if re.search(pattern, name.lower()))
+    return Forge(remote, into, next(kinds, "other") if web else "other", web, pushed)
 
 
 def web_address(address: str) -> str:
     """The https address of a repository from its remote's: https, ssh, scp-like; ports and sub-groups."""
-    match = re.match(r"(?:https?|ssh|git)(?:\+\w+)?://(?:[^@/]*@)?([^/:]+)(?::(\d+))?/(.+)$", address)
-    if match:
-        port = f":{match[2]}" if match[2] and address.startswith("http") and match[2] not in ("80", "443") else ""
-        host, path = match[1] + port, match[3]
-    elif match := re.match(r"(?:[^@/\s]+@)?([A-Za-z0-9][\w.-]+):(?!/?/)([^\s]+)$", address):
+    scheme = "http" if address.startswith("http:") else "https"
+    if match := re.match(r"(https?|ssh|git)(?:\+\w+)?://(?:[^@/]*@)?([^/:\s]+)(:\d+)?/+([^/\s]\S*)$", address):
+        host, path = match[2] + (match[3] or "" if match[1].startswith("http") else ""), match[4]
+    elif match := re.match(r"(?:[^@/\s]+@)?([\w-]+(?:\.[\w-]+)+):(?!/)(\S+)$", address):
         host, path = match[1], match[2]
     else:
         return ""
-    return f"https://{host}/{path.strip('/').removesuffix('.git')}"
+    host = re.sub(r"^(alt)?ssh\.(?=git(hub|lab)\.com$)", "", host)  # their SSH on the port of https
+    return f"{scheme}://{host}/{path.strip('/').removesuffix('.git')}"
 
 
 def target_branch(run: Run, forge: Forge) -> str:
-    """The branch that a pull request would go into."""
-    branch = (run.repo.head_ref or "").removeprefix("refs/heads/")
-    if branch and not branch.startswith("agent/"):
-        merge = git(run.repo, "config", "--get", f"branch.{branch}.merge", check=False).strip()
-        return merge.removeprefix("refs/heads/") or branch
-    head = git(run.repo, "symbolic-ref", "-q", f"refs/remotes/{forge.remote}/HEAD", check=False).strip()
-    return head.removeprefix(f"refs/remotes/{forge.remote}/") or "main"
+    """The branch that a pull request would go into: the base's own, where that remote has it."""
+    repo, theirs, name = run.repo, f"refs/remotes/{forge.into}/", run.repo.head_ref or ""
+    if base := run.settings.base:
+        places = (f"refs/heads/{base}", f"refs/remotes/{base}")
+        name = git(repo, "for-each-ref", "--format=%(refname)", *places).partition("\n")[0]
+    name = name.removeprefix(theirs).removeprefix("refs/heads/")
+    tracked = git(repo, "config", "--get", f"branch.{name}.merge", check=False).strip()
+    name = tracked.removeprefix("refs/heads/") or name
+    known = git(repo, "for-each-ref", "--format=%(refname)", theirs).split()
+    if name and not name.startswith(("agent/", "refs/")) and (not known or theirs + name in known):
+        return name
+    head = git(repo, "symbolic-ref", "-q", f"{theirs}HEAD", check=False).strip().removeprefix(theirs)
+    return head or ("master" if f"{theirs}master" in known else "main")
 
 
-def proposal_commands(run: Run, branch: str, body: Path) -> list[str]:
+def proposal_commands(run: Run, branch: str, body: Path) -> list[tuple[str, str]]:
     """What the person would run, right for the repository's remote: push, then open a draft."""
     from urllib.parse import quote
 
-    forge, q = find_forge(run.repo), shlex.quote
+    forge, q = run.forge, shlex.quote
     if forge is None:
-        return ["git remote add origin ADDRESS", f"git push -u origin {q(branch)}"]
+        return [("add a remote", "git remote add origin ADDRESS"), ("push it", f"git push -u origin {q(branch)}")]
+    steps = [("push it", f"git push -u {q(forge.remote)} {q(branch)}")]
     title, base = commit_message(run).split("\n")[0], target_branch(run, forge)
-    commands = [f"git push -u {q(forge.remote)} {q(branch)}"]
-    text = f'"$(cat {q(str(body))})"'
-    enc = {"b": quote(branch, safe=""), "t": quote(base, safe=""), "n": quote(title, safe="")}
-    gitlab = (
-        f"merge_request%5Bsource_branch%5D={enc['b']}&merge_request%5Btarget_branch%5D={enc['t']}"
-        f"&merge_request%5Btitle%5D=Draft%3A%20{enc['n']}"
-    )
-    head, into = f"--head {q(branch)} --base {q(base)}", f"--source-branch {q(branch)} --target-branch {q(base)}"
-    compare, draft = f"{forge.web}/compare/{enc['t']}...{enc['b']}", q(f"WIP: {title}")
-    by_kind = {
+    fork = forge.pushed.split("/", 3)[-1] if forge.pushed != forge.web else ""
+    head = f"{fork.split('/')[0]}:{branch}" if fork else branch
+    target, text = forge.web.partition("://")[2], f'"$(cat {q(str(body))})"'
+    compare = f"{forge.web}/compare/{quote(base)}...{quote(head, safe='/:')}?expand=1&title={quote(title, safe='')}"
+    merge_request = {"source_branch": branch, "target_branch": base, "title": f"Draft: {title}"}
+    fields = "&".join(f"merge_request%5B{key}%5D={quote(value, safe='')}" for key, value in merge_request.items())
+    ways = {
         "github": (
-            f"gh pr create --draft {head} --title {q(title)} --body-file {q(str(body))}",
-            f"{compare}?expand=1&title={enc['n']}",
+            f"gh pr create --draft --repo {q(target)} --head {q(head)} --base {q(base)} --title {q(title)} "
+            f"--body-file {q(str(body))}",
+            compare,
         ),
         "gitlab": (
-            f"glab mr create --draft {into} --title {q(title)} --description {text}",
-            f"{forge.web}/-/merge_requests/new?{gitlab}",
+            f"glab mr create --draft --repo {q(forge.web)} {f'--head {q(fork)} ' if fork else ''}"
+            f"--source-branch {q(branch)} --target-branch {q(base)} --title {q(title)} --description {text}",
+            f"{forge.pushed}/-/merge_requests/new?{fields}",
         ),
-        "forgejo": (f"tea pr create {head} --title {draft} --description {text}", compare),
+        "forgejo": (
+            f"tea pr create --repo {q(forge.web.split('/', 3)[-1])} --head {q(head)} --base {q(base)} "
+            f"--title {q('WIP: ' + title)} --description {text}",
+            compare,
+        ),
+        "other": ("", forge.web),
     }
-    if forge.kind in by_kind:
-        command, address = by_kind[forge.kind]
-        commands.append(command if shutil.which(command.split()[0]) else f"# open in a browser: {address}")
-    elif forge.web:
-        commands.append(f"# then open a pull request for it at {forge.web}")
-    return commands
+    command, address = ways[forge.kind]
+    if command and shutil.which(command.split(" ")[0]):
+        return [*steps, ("open a draft", command)]
+    return [*steps, ("open the form", f"python3 -m webbrowser {q(address)}")] if address else steps
 
 
-def kept_commands(run: Run, ref: str) -> list[tuple[str, str]]:
-    """How to look at work that was not proposed, take it over, or drop it."""
-    ref = shlex.quote(ref)
+def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
+    """What a person can do with the work now, as commands that can be pasted."""
+    if ending.branch and run.record:
+        branch, back = shlex.quote(ending.branch), f"git switch --detach {run.repo.head}"
+        if run.repo.head_ref:
+            back = f"git switch {shlex.quote(run.repo.head_ref.removeprefix('refs/heads/'))}"
+        drop = f"{back} && git branch -D {branch}" if ending.switched else f"git branch -D {branch}"
+        steps = proposal_commands(run, ending.branch, run.record / "pr.md")
+        return [("look at it", f"git show {branch}"), *steps, ("drop it", drop)]
+    if not run.kept:
+        return []
+    ref, name = shlex.quote(run.kept), next(free_branches(run.repo, f"my-{run.slug}"), f"my-{run.slug}")
     return [
         ("look at it", f"git show {ref}"),
-        ("take it over", f"git switch -c my-{shlex.quote(run.slug)} {ref}"),
+        ("take it over", f"git switch -c {shlex.quote(name)} {ref}"),
         ("drop it", f"git update-ref -d {ref}"),
     ]
 
@@ -2738,8 +2777,8 @@ def kept_commands(run: Run, ref: str) -> list[tuple[str, str]]:
 
 
 def code(text: str) -> str:
-    """Foreign text as a Markdown code span that it cannot leave, also inside a table."""
-    text = harmless(one_line(text)).replace("|", "\\|") or " "
+    """Foreign text as a Markdown code span that it cannot leave."""
+    text = unreferenced(one_line(text)) or " "
     ticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
@@ -2747,7 +2786,13 @@ def code(text: str) -> str:
 
 def code_block(text: str) -> str:
     ticks = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    return f"{ticks}text\n{plain(text).rstrip()}\n{ticks}\n"
+    return f"{ticks}sh\n{plain(text).rstrip()}\n{ticks}"
+
+
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table; a vertical bar ends a cell even in a code span."""
+    text = (cell.replace("\\|", "\\ |").replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(text)} |"
 
 
 def duration_text(seconds: float) -> str:
@@ -2759,15 +2804,18 @@ def duration_text(seconds: float) -> str:
 def pr_text(run: Run, ending: Ending) -> str:
     """The pull request's text: what was asked, what to look at first, the evidence, the files."""
     change, verdict = ending.change, ending.verdict
-    asked = run.issue.title if run.issue else "the gate was red at the base"
-    lines = ["## What was asked", "", code(asked)]
-    if run.issue and (address := re.search(r"https?://[\w.-]+/[\w./-]+/issues/\d+", run.issue.text)):
-        lines += ["", f"Refers to {address[0]}"]
+    ended = f"**No proposal:** {ending.outcome} (exit {ending.status}). {code(ending.message)}"
+    lines = [] if ending.branch else [ended]
+    lines += ["", "## What was asked", "", code(run.issue.title if run.issue else "the gate was red at the base")]
+    if run.issue and run.issue.reference:
+        lines += ["", f"Refers to {run.issue.reference}"]
     lines += ["", "## Look at this first", ""]
     findings = verdict.findings if verdict else ()
     listed = [f for f in findings if f.severity != "shown"] + [f for f in findings if f.severity == "shown"]
     lines += [f"- {code(f.path + (f':{f.line}' if f.line else ''))} {code(f.detail)}" for f in listed[:50]]
-    lines += proof_lines(ending.proof)
+    lines += [f"- and {len(listed) - 50} more findings"] if len(listed) > 50 else []
+    proof = proof_rows(ending.proof)
+    lines += [f"- {code(name)} {text}" for first, name, text in proof if first]
     if change and change.ignored:
         lines.append(
             f"- New files that ignore rules hide are not part of this: {', '.join(map(code, change.ignored[:10]))}"
@@ -2775,40 +2823,46 @@ def pr_text(run: Run, ending: Ending) -> str:
     lines += [f"- {code(mention)}" for mention in run.mentions]
     if lines[-1] == "":
         lines.append("Nothing stood out.")
-    lines += ["", "## Evidence", "", "| check | result | time | command |", "| --- | --- | --- | --- |"]
+    lines += ["", "## Evidence", ""]
+    lines += ["| check | result | time | command |", "| --- | --- | --- | --- |"] if verdict else []
     for check in verdict.checks if verdict else ():
         counts = count_tests(check.tests)
         result = code(check.reason) + (f" ({counts})" if counts else "")
-        lines.append(f"| {code(check.name)} | {result} | {duration_text(check.seconds)} | {code(check.command)} |")
-    lines += ["", f"- Attempts: {len(run.attempts)}", f"- Guard: {', '.join(guard_levels(run))}"]
+        lines.append(table_row(code(check.name), result, duration_text(check.seconds), code(check.command)))
+    lines += ["", *(f"- {code(name)} {text}" for first, name, text in proof if not first)]
+    lines += [f"- Attempts: {len(run.attempts)}", f"- Guard: {', '.join(guard_levels(run))}"]
     if change:
-        lines.append(f"- Judged: tree `{change.tree}` as commit `{change.commit}`")
+        lines.append(f"- Judged: tree `{change.tree}` as commit `{change.commit}`, on `{change.base}`")
+    if change and change.files:
         lines += ["", "## Files", "", "| file | change | lines |", "| --- | --- | --- |"]
         for f in change.files[:100]:
-            lines.append(f"| {code(f.path)} | {FILE_WORDS[f.status]} | +{f.added} −{f.deleted} |")
+            path = f.path if f.path == f.old_path else f"{f.old_path} → {f.path}"
+            lines.append(table_row(code(path), FILE_WORDS[f.status], f"+{f.added} −{f.deleted}"))
         if len(change.files) > 100:
-            lines.append(f"| and {len(change.files) - 100} more | | |")
-    return "\n".join(lines) + "\n"
+            lines.append(table_row(f"and {len(change.files) - 100} more", "", ""))
+    if change and ending.branch:
+        place = [f"cd {shlex.quote(run.repo.prefix)}"] if run.repo.prefix else []
+        look = ["git fetch --all", f"git switch --detach {change.commit}", "git rev-parse 'HEAD^{tree}'", "git show"]
+        lines += ["", "## Check it yourself", "", "The third command prints the tree that was judged.", ""]
+        lines.append(code_block("\n".join([*look, *place, *run.settings.setup, *run.settings.gate])))
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
 FILE_WORDS = {"A": "added", "C": "copied", "D": "deleted", "M": "changed", "R": "renamed", "T": "changed in kind"}
 
 
-def proof_lines(proof: Proof | None) -> list[str]:
-    """What the proof showed, test by test; it informs and does not decide."""
-    if proof is None:
-        return []
-    lines = []
-    vain = [name for name, outcome in proof.new_on_old.items() if outcome == "passed"]
-    told = [name for name in proof.new_on_old if name not in vain]
-    lines += [f"- New test, fails on the old code and passes here: {code(name)}" for name in told[:20]]
-    lines += [
-        f"- New test that also passes without the change, so it proves nothing: {code(name)}" for name in vain[:20]
-    ]
-    for name, outcome in list(proof.old_on_new.items())[:20]:
-        says = "still passes on the new code" if outcome == "passed" else f"{outcome} on the new code"
-        lines.append(f"- Original of an edited test {says}: {code(name)}")
-    return lines
+def proof_rows(proof: Proof | None) -> list[tuple[bool, str, str]]:
+    """What the proof showed: whether a reviewer should look there first, the test's name, the words."""
+    says = {
+        "passed": "passes without the change too, so it proves nothing",
+        "could not run": "cannot run without the change, and passes with it",
+    }
+    fails = "fails without the change, and passes with it"
+    old_on_new, new_on_old = (proof.old_on_new, proof.new_on_old) if proof else ({}, {})
+    rows = [(outcome == "passed", name, says.get(outcome, fails)) for name, outcome in new_on_old.items()]
+    for name, outcome in old_on_new.items():
+        rows.append((outcome != "passed", name, f"as it was before the edit: {outcome} on the new code"))
+    return [*sorted(rows)[:40], *([(False, f"{len(rows) - 40} more tests", "")] if len(rows) > 40 else [])]
 
 
 def guard_levels(run: Run) -> list[str]:
@@ -2816,7 +2870,16 @@ def guard_levels(run: Run) -> list[str]:
     return [*levels, "refused by the kernel"] if run.bwrap else levels
 
 
-def build_report(run: Run, ending: Ending, commands: list[str]) -> dict[str, Any]:
+def well_formed(value: Any, mask: Callable[[str], str]) -> Any:
+    """The same data with secrets masked, and bytes that are no text spelled out."""
+    if isinstance(value, str):
+        return mask(value).encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {well_formed(key, mask): well_formed(item, mask) for key, item in value.items()}
+    return [well_formed(item, mask) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict[str, Any]:
     """report.json: what the run did, as data. Keys never disappear; what does not apply is null."""
     change, verdict, settings = ending.change, ending.verdict, run.settings
 
@@ -2842,9 +2905,9 @@ def build_report(run: Run, ending: Ending, commands: list[str]) -> dict[str, Any
 
     proposed = ending.branch is not None and change is not None
     return {
-        "outcome": ending.outcome,
+        "outcome": ending.outcome or None,
         "exit_code": ending.status,
-        "command": settings.command,
+        "command": settings.command or None,
         "branch": ending.branch,
         "base": run.base or None,
         "commit": change.commit if change else None,
@@ -2862,11 +2925,11 @@ def build_report(run: Run, ending: Ending, commands: list[str]) -> dict[str, Any
         "gate": checks(verdict),
         "findings": [f._asdict() for f in verdict.findings] if verdict else [],
         "proof": ending.proof._asdict() if ending.proof else None,
-        "guard": guard_levels(run),
+        "guard": guard_levels(run) if run.lock else None,
         "proposal": {
             "title": commit_message(run).split("\n")[0],
             "body_file": str(run.record / "pr.md") if run.record else None,
-            "commands": commands,
+            "commands": [command for _, command in steps],
         }
         if proposed
         else None,
@@ -2879,30 +2942,40 @@ def build_report(run: Run, ending: Ending, commands: list[str]) -> dict[str, Any
     }
 
 
-def ending_lines(run: Run, ending: Ending, commands: list[str]) -> list[str]:
+def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
     """What the person reads at the end: the outcome, why, and what to do next."""
-    lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {ending.message}"]
-    failed = [check for check in (ending.verdict.checks if ending.verdict else ()) if not check.passed]
-    if ending.outcome != "proposed":
-        for check in failed:
-            lines += ["", f"{check.name} is red: {check.reason}"]
-            lines += [f"  │ {line}" for line in telling_lines(check.output).split("\n") if line]
+    lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {ending.message}", *why_lines(run, ending)]
     for finding in ending.verdict.findings if ending.verdict else ():
         lines.append(f"  {'✗' if finding.severity == 'rejects' else '!'} {finding_text(finding)}")
-    lines += [line.replace("- ", "  ", 1) for line in proof_lines(ending.proof)]
+    lines += [f"  {'!' if first else '✓'} {name} {text}" for first, name, text in proof_rows(ending.proof)]
     lines += [f"  note: {mention}" for mention in run.mentions]
     if broken := [m for m in run.moved if m.broken]:
         lines += ["", "What changed, and the command that undoes each:"]
         lines += [f"  {m.what}\n    {m.undo}" for m in broken]
-    if ending.branch:
-        lines += ["", "It is yours to look at, push and merge:", f"  git show {shlex.quote(ending.branch)}"]
-        lines += [f"  {command}" for command in commands]
-    if run.kept:
-        lines += ["", "The agent's work is kept. To …"]
-        lines += [f"  {what + ':':14} {command}" for what, command in kept_commands(run, run.kept)]
+    if steps:
+        lines += ["", "It is yours now:" if ending.branch else "The agent's work is kept:"]
+        lines += [f"  {what + ':':14} {command}" for what, command in steps]
     if run.record:
-        lines += ["", f"Record: {run.record}"]
+        lines += ["", f"Record: {os.path.relpath(run.record) if is_below(run.record) else run.record}"]
     return lines
+
+
+def is_below(path: Path) -> bool:
+    """Does the path lie in the folder that the user stands in?"""
+    with contextlib.suppress(OSError):
+        return path.is_relative_to(Path().resolve())
+    return False
+
+
+def why_lines(run: Run, ending: Ending) -> Iterator[str]:
+    """Why there is no proposal: the failed commands' own telling lines, or the agent's last ones."""
+    if ending.outcome == "agent-failed" and run.attempts and ended_badly(run, run.attempts[-1]):
+        for line in plain(run.attempts[-1].ran.output).rstrip().split("\n")[-10:]:
+            yield f"  agent │ {line}"
+    for check in ending.verdict.checks if ending.verdict and ending.outcome != "proposed" else ():
+        if not check.passed and check.command != "the diff":
+            yield from ("", f"{check.name} is red: {check.reason}")
+            yield from (f"  │ {line}" for line in telling_lines(check.output).split("\n") if line)
 
 
 def telling_lines(output: str) -> str:
@@ -3120,19 +3193,15 @@ def plant_red_build(run: Run) -> str:
 def issue_to_pr(run: Run) -> Ending:
     """From an issue to a proposal: the agent works while the gate judges the base."""
     prepare_workspace(run)
-    with beside(run.stop, lambda: judge_base(run)) as baseline:
+    with baseline_beside(run) as baseline:
         failure: Verdict | None = None
         for number in range(1, run.settings.attempts + 1):
             attempt = take_turn(run, number, failure)
             change = attempt.change
             run.baseline = baseline()
             if run.baseline and not run.baseline.passed:
-                return Ending(
-                    "refused",
-                    f"the base is red ({run.baseline.reason}); mend it first with: python3 agent_runner.py self-heal",
-                    change=change,
-                    verdict=run.baseline,
-                )
+                message = f"the base is red ({run.baseline.reason}); mend it first with: {self_heal_command(run)}"
+                return Ending("refused", message, change=change, verdict=run.baseline)
             if ended_badly(run, attempt) or change is None:
                 return agent_failed(run, attempt)
             if not change.files:
@@ -3142,6 +3211,39 @@ def issue_to_pr(run: Run) -> Ending:
                 return decide_proposal(run, change, verdict)
             failure = verdict
         return reject(run, "rejected", failure)
+
+
+@contextlib.contextmanager
+def baseline_beside(run: Run) -> Iterator[Callable[[], Verdict | None]]:
+    """Judge the base while the body runs; yields a function that waits for the verdict."""
+    if not run.settings.baseline or not run.repo.common_dir:
+        yield lambda: None
+        return
+    store = run.records / "baseline" / f"{baseline_key(run)}.json"
+    if known := recall_baseline(store):
+        run.console.say("  the base is green, as an earlier run has judged")
+        yield lambda: known
+        return
+
+    def wait() -> Verdict:
+        if run.baseline is None:
+            with run.console.step("waiting for the verdict on the base") as ended:
+                run.baseline = judged()
+                ended(f"the base is {run.baseline.colour}")
+        return run.baseline
+
+    run.console.say(f"▸ the gate judges the base, beside the agent: {'; '.join(run.settings.gate)}", style="1")
+    with beside(run.stop, lambda: judge_base(run, store)) as judged:
+        yield wait
+
+
+def self_heal_command(run: Run) -> str:
+    """The command line that repairs the base of this run."""
+    settings, name = run.settings, os.path.basename(sys.argv[0])
+    gate = settings.gate if settings.gate != DEFAULT_GATE else ()
+    options = (("--gate", gate), ("--setup", settings.setup), ("--carry", settings.carry))
+    words = [word for option, values in options for value in values for word in (option, value)]
+    return shlex.join([*(["python3", sys.argv[0]] if name.endswith(".py") else [name]), "self-heal", *words])
 
 
 def self_heal(run: Run) -> Ending:
@@ -3180,7 +3282,11 @@ def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
     run.known, run.before = known_commits(run), take_snapshot(run.repo)
     save_files(run, run.before)
-    run.workspace = run.clone("workspace", run.base) if run.repo.common_dir else run.in_place()
+    if run.repo.common_dir:
+        with run.console.step("the workspace is made: a disposable clone of the base"):
+            run.workspace = run.clone("workspace", run.base)
+    else:
+        run.workspace = run.in_place()
     if not run.repo.common_dir and run.settings.simulate and run.settings.command == "self-heal":
         plant_in_place(run)
     setup = [split_command(command, "--setup") for command in run.settings.setup]
@@ -3303,8 +3409,8 @@ def agent_failed(run: Run, attempt: Attempt) -> Ending:
 
 
 def ignored_hint(change: Change) -> str:
-    names = ", ".join(map(one_line, change.ignored[:3]))
-    return f" but files that ignore rules hide: {names}" if names else ""
+    names = ", ".join(map(one_line, (*change.ignored, *(finding.path for finding in change.unfit))[:3]))
+    return f" but what ignore rules hide or no commit can hold: {names}" if names else ""
 
 
 def flips(first: Verdict, second: Verdict) -> str:
@@ -3351,8 +3457,8 @@ def conclude(run: Run, ending: Ending) -> Ending:
         return conclude_in_place(run, ending)
     if ending.outcome == "proposed" and change:
         branch, switched = propose_pr(run, change)
-        where = "HEAD is there now" if switched else "HEAD stays where it is"
-        message = f"the gate is green on branch {branch}, one commit on its base; {where}"
+        where = "which is checked out now" if switched else "and HEAD stays where it is"
+        message = f"every check is green; the change is one commit on the new branch {branch}, {where}"
         return ending._replace(message=message, branch=branch, switched=switched)
     if change and change.files:
         run.kept = keep_commit(run.repo, run.private, change.commit, record_name(run))
@@ -3578,9 +3684,9 @@ def check_repository(run: Run) -> None:
         run.base = found.strip()
     elif run.settings.command == "issue-to-pr":
         run.base = before_proposal(run, repo.head)
-    if git(repo, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", check=False):
-        if "\n?" in "\n" + git(repo, "rev-list", "--objects", "--no-walk", "--missing=print", run.base):
-            raise Refusal("this partial clone lacks files of the base; get them: git fetch --refetch --no-filter")
+    partial = git(repo, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", check=False)
+    if partial and "\n?" in git(repo, "rev-list", "--objects", "--no-walk", "--missing=print", run.base):
+        raise Refusal("this partial clone lacks files of the base; get them: git fetch --refetch --no-filter")
     if git(repo, "for-each-ref", "--format=x", "refs/heads/agent").strip():
         exact = git(repo, "rev-parse", "--verify", "-q", "refs/heads/agent", check=False).strip()
         if exact:
@@ -3639,6 +3745,7 @@ def prepare(run: Run) -> None:
     check_gate(run)
     if run.repo.common_dir:
         run.repo = run.repo._replace(identity=find_identity(run.repo))
+        run.forge = find_forge(run.repo)
     run.bwrap, run.no_kernel = find_bwrap(settings.sandbox, run.repo.top)
     run.console.secrets = secrets_in(os.environ.items())
     run.open(run.issue.slug if run.issue else "self-heal")
@@ -3692,7 +3799,8 @@ def announce(run: Run) -> None:
     )
     if repo.common_dir:
         on = (repo.head_ref or "detached HEAD").removeprefix("refs/heads/")
-        say(f"  base: {run.base[:12]} ({run.settings.base or on})")
+        planted = ", with a red build planted on top" if run.settings.simulate and not run.issue else ""
+        say(f"  base: {run.base[:12]} ({run.settings.base or on}{planted})")
         if run.base != repo.head and not run.settings.base and run.settings.command == "issue-to-pr":
             say("  note: HEAD is on an unmerged proposal, so this run starts where that one started")
         if git(repo, "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all"):
@@ -3765,32 +3873,30 @@ def dry_run(run: Run) -> Ending:
     say("\nThe brief:\n")
     for line in build_prompt(run, None, None).split("\n"):
         say(f"  │ {line}")
-    return Ending("refused", "dry run: nothing was done", exit_code=0)
+    return Ending("", "dry run: nothing was done", exit_code=0)
 
 
-def finish(run: Run, ending: Ending) -> None:
-    """Write the record, print the ending, and the report if it was asked for."""
-    commands: list[str] = []
+def finish(run: Run, ending: Ending) -> dict[str, Any]:
+    """Write the record, print the ending, and return the report."""
     if run.record and ending.outcome == "refused" and not run.attempts:
         shutil.rmtree(run.record, ignore_errors=True)
         run.record = None
     if run.record:
         if ending.change:
             run.note("change.patch", patch_of(run.private, ending.change))
-        if ending.branch:
-            commands = proposal_commands(run, ending.branch, run.record / "pr.md")
         run.note("pr.md", pr_text(run, ending))
-        run.note("report.json", json.dumps(build_report(run, ending, commands), indent=2) + "\n")
+    steps = next_steps(run, ending)
+    report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
+    if run.record:
+        run.note("report.json", json.dumps(report, indent=2) + "\n")
         prune(run)
-    for line in ending_lines(run, ending, commands) if not run.settings.dry_run else ():
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if run.console.in_runner and summary and ending.outcome:
+        with contextlib.suppress(OSError), open(summary, "a", encoding="utf-8", errors="backslashreplace") as page:
+            page.write(run.console.mask(pr_text(run, ending)))
+    for line in ending_lines(run, ending, steps) if ending.outcome else ():
         run.console.say(line, style="1" if line.startswith(ending.outcome.upper()) else "")
-    if run.settings.json:
-        print_json(run, build_report(run, ending, commands))
-
-
-def print_json(run: Run, report: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(run.console.mask(json.dumps(report, indent=2)), flush=True)
+    return report
 
 
 class Signals:
@@ -3804,7 +3910,8 @@ class Signals:
     def watch(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if number := getattr(signal, name, None):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self.old[number] = signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -3822,9 +3929,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status is the outcome's."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(json_on_stdout="--json" in words)
-    run: Run | None = None
+    run = Run(Settings("", json="--json" in words), Repo(Path(), "", None, None, None, "", "sha1", {}), console)
     signals = Signals()
     signals.watch()
+    console.tell_runner()
     try:
         try:
             settings = parse_settings(words)
@@ -3836,32 +3944,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Interrupted as signal_seen:
             ending = interrupted(signal_seen)
         signals.shielded = True
-        if run is None:
-            nowhere = Repo(Path(), "", None, None, None, "", "sha1", {})
-            run = Run(Settings("", json="--json" in words), nowhere, console)
-        finish(run, ending)
+        report = finish(run, ending)
+    except Exception:  # noqa: BLE001  (the last resort)
+        run.keep_folder = bool(run.attempts)  # the next run keeps the agent's work
+        ending = Ending("", f"a fault in the program itself; its traceback is in {save_traceback()}", exit_code=FAULT)
+        report = well_formed(build_report(run, ending, []), console.mask)
+        console.say(f"\nFAULT (exit {FAULT}): {ending.message}")
     finally:
         signals.shielded = True
-        if run is not None:
-            run.close()
+        run.close()
         signals.restore()
+        console.tell_runner(more=False)
+    if run.settings.json:
+        with contextlib.suppress(OSError):
+            print(json.dumps(report, indent=2), flush=True)
     return ending.status
 
 
-def cli() -> int:
-    """The console script: `main`, and a fault of our own told plainly, with its traceback saved."""
-    try:
-        status = main()
-    except Exception:  # noqa: BLE001  (the last resort)
-        import traceback
+def save_traceback() -> str:
+    """Write the traceback of the fault at hand to a file; its path."""
+    import traceback
 
-        with tempfile.NamedTemporaryFile("w", prefix="agent_runner-fault-", suffix=".txt", delete=False) as handle:
-            handle.write(traceback.format_exc())
-        sys.stderr.write(f"agent_runner: a fault in the program itself; its traceback is in {handle.name}\n")
-        status = FAULT
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    return status
+    with tempfile.NamedTemporaryFile("w", prefix="agent_runner-fault-", suffix=".txt", delete=False) as handle:
+        handle.write(traceback.format_exc())
+    return handle.name
+
+
+def cli() -> int:
+    """The console script: `main` for a world in which standard streams may be closed, or close on the way."""
+    fill_standard_streams()
+    try:
+        return main()
+    except Interrupted as signal_seen:  # while a refusal was being told
+        return 128 + int(signal_seen.args[0])
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more: let the interpreter's own flush at the end succeed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fill_standard_streams() -> None:
+    """Where a standard stream is closed, open the null device, so that no file of ours takes its number."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import CHEAP_GATE, PROGRAM, Repository, Result, bwrap_works
+from conftest import CHEAP_GATE, PROGRAM, Repository, Result, bwrap_works, small_app
 
 fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
 
@@ -214,3 +217,143 @@ def test_brief_of_a_megabyte_that_nobody_reads_does_not_block(repo: Repository, 
     repo.write("issue.md", "# Much\n\n" + "word " * 200_000)
     result = repo.run("issue-to-pr", *CHEAP, agent=agent("open('new.txt', 'w').write('new')"))
     assert result.status == 0, result.out
+
+
+# ------------------------------------------------------------------------------------- interruption
+
+# A `git` that sends a signal to whoever started it, at the first command that contains $AT.
+SIGNALLING_GIT = """\
+#!/bin/sh
+case "$*" in *"$AT"*) mkdir "$ONCE" 2>/dev/null && kill -s "$SIGNAL" "$PPID";; esac
+exec "{git}" "$@"
+"""
+WORKS_ON = PRELUDE + "child(start_new_session=True)\nprint('ready', flush=True)\nhang()"
+READY = "agent │ ready"
+
+
+class Moment(NamedTuple):
+    """When a signal comes: at a line of the run's output, or at one of its Git commands."""
+
+    signal: str
+    at_line: str = ""
+    at_git: str = ""
+    sandbox: str = "off"
+    times: int = 1
+    kept: bool = True  # had the agent done something by then?
+
+
+MOMENTS = {
+    "preflight": Moment("TERM", at_git="rev-parse", kept=False),
+    "clone": Moment("INT", at_git="read-tree", kept=False),
+    "agent": Moment("HUP", READY),
+    "agent-in-namespace": Moment("TERM", READY, sandbox=LEVEL_NAMES[-1]),
+    "agent-twice": Moment("INT", READY, times=2),
+    "gate": Moment("INT", "the gate judges the change"),
+    "proposal": Moment("TERM", at_git="update-ref -m agent_runner"),
+}
+
+
+@pytest.fixture
+def signalling_git(tmp_path: Path) -> str:
+    """A PATH on which `git` is the one above."""
+    folder = tmp_path / "signalling"
+    folder.mkdir()
+    (folder / "git").write_text(SIGNALLING_GIT.format(git=shutil.which("git")))
+    (folder / "git").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def interrupt(repo: Repository, moment: Moment, command: str, env: dict[str, str]) -> tuple[int, str]:
+    """Run to a moment, send the signal, and wait for the end: exit status and output."""
+    gate = "sleep 60" if "gate" in moment.at_line else CHEAP_GATE
+    words = ("issue.md", "--gate", gate, "--no-baseline", "--sandbox", moment.sandbox)
+    child = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "issue-to-pr", *words],
+        cwd=repo.path,
+        env=os.environ | env | {"AGENT_CMD": command, "AT": moment.at_git or "never", "SIGNAL": moment.signal},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+    assert child.stdout is not None
+    shown = ""
+    while moment.at_line and moment.at_line not in shown:
+        shown += child.stdout.readline()
+    for _ in range(moment.times if moment.at_line else 0):
+        child.send_signal(signal.Signals[f"SIG{moment.signal}"])
+        time.sleep(0.3)
+    return child.wait(30), shown + child.stdout.read()
+
+
+def test_interruption_at_any_moment_ends_all_and_keeps_the_work(
+    tmp_path: Path, agent: Any, hermetic: Path, signalling_git: str
+) -> None:
+    """Every moment at once, each in a repository of its own."""
+    cases = []
+    for name, moment in MOMENTS.items():
+        repo = small_app(tmp_path / name)
+        repo.write("calc.py", "def double(x):\n    return x + x\n")  # an edit that is not committed
+        repo.write("notes.txt", "untracked")
+        text = WORKS_ON if moment.at_line == READY else PRELUDE
+        command = agent(text, arguments=f"mark-{os.getpid()}-{name}.")
+        cases.append((name, moment, repo, command, repo.state()))
+
+    def run(case: tuple[str, Moment, Repository, str, Any]) -> tuple[int, str]:
+        name, moment, repo, command, _ = case
+        return interrupt(repo, moment, command, {"PATH": signalling_git, "ONCE": str(tmp_path / f"once-{name}")})
+
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(run, cases))
+    assert not running(f"mark-{os.getpid()}-")
+    assert not left_in_cache(hermetic)
+    for (name, moment, repo, _, before), (status, shown) in zip(cases, done, strict=True):
+        assert "Traceback" not in shown, name
+        if name == "proposal":  # made whole: what is said is true of the repository
+            assert (status, "PROPOSED" in shown) == (0, True), shown
+            assert "triple" in repo.git("show", "agent/issue:calc.py")
+            continue
+        assert (status, "INTERRUPTED" in shown) == (128 + signal.Signals[f"SIG{moment.signal}"], True), (name, shown)
+        assert repo.state() == before, name
+        kept = repo.git("for-each-ref", "--format=%(refname)", "refs/agent-runner")
+        assert bool(kept) == moment.kept, name
+        assert not kept or "triple" in repo.git("show", f"{kept}:calc.py"), name
+
+
+def test_signal_that_was_ignored_at_the_start_stays_ignored(repo: Repository, agent: Any) -> None:
+    """As under nohup: the terminal may close."""
+    text = "import os, signal\nopen('new.txt', 'w').write('new')\nos.kill(os.getppid(), signal.SIGHUP)"
+    command = shlex.join([sys.executable, str(PROGRAM), "issue-to-pr", *CHEAP, "--sandbox", "off"])
+    env = os.environ | {"AGENT_CMD": agent(text)}
+    assert subprocess.run(["sh", "-c", f"trap '' HUP; {command}"], cwd=repo.path, env=env).returncode == 0
+
+
+def test_output_that_nobody_reads_does_not_stop_the_run(repo: Repository, agent: Any) -> None:
+    ways = [("", "| head -1"), ("", ">&-"), ("", ">&- 2>&- <&-")]
+    ways += [("", "> /dev/full"), ("--json 2> /dev/null", "> /dev/full")] if os.path.exists("/dev/full") else []
+    command = shlex.join([sys.executable, str(PROGRAM), "issue-to-pr", *CHEAP])
+    env = os.environ | {"AGENT_CMD": agent("print('much\\n' * 100)\nopen('new.txt', 'w').write('new')")}
+    env.pop("PYTHONUNBUFFERED", None)
+
+    def run(way: tuple[str, str]) -> str:
+        script = f"{{ {command} {way[0]}; echo $? >&3; }} 3>&2 {way[1]}"
+        return subprocess.run(["bash", "-c", script], cwd=repo.path, env=env, stderr=subprocess.PIPE, text=True).stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, ways)) == ["0\n"] * len(ways)
+    assert len(repo.git("branch", "--list", "agent/*").splitlines()) == len(ways)
+
+
+def test_two_runs_on_one_issue_do_not_disturb_each_other(repo: Repository, agent: Any) -> None:
+    command = agent("import time\nopen('new.txt', 'w').write(str(time.time_ns()))\ntime.sleep(1)")
+    words = ("issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--json", "--sandbox", "off")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: repo.run(*words, agent=command), range(2)))
+    reports = [result.report for result in results]
+    assert {report["branch"] for report in reports} == {"agent/issue", "agent/issue-2"}, [r.err for r in results]
+    assert len({report["record"] for report in reports}) == 2
+    for report in reports:
+        assert repo.tree(report["branch"]) == report["tree"]
+        assert not [moved for moved in report["moved"] if moved["broken"]]
+    assert repo.git("symbolic-ref", "HEAD").startswith("refs/heads/agent/issue")
+    assert repo.git("status", "--porcelain") == ""
