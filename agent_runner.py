@@ -1892,8 +1892,10 @@ def read_issue(name: str, stdin: Any = None) -> Issue:
     if not text.strip():
         raise Refusal(f"{what} is empty; write down what is to be done.")
     told = re.match(r"title:[ \t]*(.+)\n(?:[a-z]+:.*\n)*(?:number:[ \t]*(\d+)\n)?", text)  # gh and glab issue view
-    heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*$", text, re.MULTILINE)
-    title = one_line(heading[1] if heading else text.strip().split("\n")[0], 120)
+    heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(\S.*)", text, re.MULTILINE)
+    first = (heading[1] if heading else text.strip().split("\n")[0]).rstrip()
+    bare = first.rstrip("#")  # a heading may be closed: # Title #
+    title = one_line(bare if bare.endswith((" ", "\t")) else first, 120)
     address = re.search(r"https?://[\w.-]+(?::\d+)?/[\w./-]+/issues/\d+", text)
     number = re.search(r"#(\d+)\b", title) or re.match(r"title:(?:.*\n)+?number:[ \t]*(\d+)\n", text)
     reference = address[0] if address else f"#{number[1]}" if number else ""
