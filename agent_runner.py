@@ -893,15 +893,18 @@ def remove_folder(path: Path) -> None:
         call(["rm", "-rf", path])
 
 
-def lock_folder(folder: Path) -> Any:
-    """Hold a run's folder for as long as we live; None when another living run holds it."""
+def lock_folder(folder: Path, *, wait: bool = False) -> Any:
+    """Hold a folder for as long as the answer is open, or we live; None when another living run holds it."""
     handle = open(folder / "lock", "a")  # noqa: SIM115
     try:
-        import fcntl
+        if sys.platform == "win32":
+            import msvcrt
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: a file that is open elsewhere cannot be deleted there
-        return handle
+            msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         handle.close()
         return None
@@ -1554,10 +1557,12 @@ class Run:
     def open(self, slug: str) -> None:
         """Make the run's folder, its private Git directory and its guard."""
         root = cache_root(self.repo.top)
-        sweep(root)
+        for ref in sweep(root, self.repo):
+            self.console.say(f"  note: what the agent of a killed run had done is kept; look at it: git show {ref}")
         self.slug = slug
-        self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
-        self.lock = lock_folder(self.folder)
+        with lock_folder(root, wait=True):  # so that nobody finds the folder before it is ours
+            self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
+            self.lock = lock_folder(self.folder)
         self.private = PrivateGit(self.repo, self.folder)
         self.git_guard = write_guard(self.folder / "guard", self.repo, kernel=bool(self.bwrap))
         become_subreaper()
@@ -1634,18 +1639,25 @@ class Run:
     git_guard: dict[str, str]
 
 
-def sweep(root: Path) -> None:
-    """Remove the folders of killed runs; what their agents had done is kept first."""
-    for folder in root.iterdir():
-        if not (folder / "git").is_dir() and (folder.name == "records" or time.time() - folder.stat().st_mtime < 60):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            if lock := lock_folder(folder):
-                end_marked(folder.name)
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, Refusal):
-                    recover(folder)
-                remove_folder(folder)
-                lock.close()
+def sweep(root: Path, repo: Repo) -> list[str]:
+    """Remove the folders of killed runs, their agents' work kept first; the refs of what is kept in `repo`."""
+    with lock_folder(root, wait=True):
+        folders = [path for path in root.iterdir() if path.is_dir() and path.name != "records"]
+        dead = [(folder, lock) for folder in folders if (lock := lock_folder(folder))]
+    kept = []
+    for folder, lock in dead:
+        with lock:
+            end_marked(folder.name)
+            try:
+                kept += recover(folder, repo)
+            except (Refusal, OSError):  # a disk that is still full, say; the work is given a week
+                note = folder / "run.json"
+                if note.exists() and time.time() - note.stat().st_mtime < 7 * 86400:
+                    continue
+            except (ValueError, KeyError, TypeError):  # of another version of this program
+                pass
+            remove_folder(folder)
+    return kept
 
 
 def end_marked(name: str) -> None:
@@ -1657,20 +1669,20 @@ def end_marked(name: str) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def recover(folder: Path) -> None:
-    """Keep what the agent of a killed run left in its workspace under that run's own ref."""
+def recover(folder: Path, here: Repo) -> list[str]:
+    """Keep what the agent of a killed run left in its workspace under that run's own ref; told if it lies `here`."""
     told = json.loads((folder / "run.json").read_text("utf-8"))
     places = {k: Path(told["repo"][k]) for k in ("top", "git_dir", "common_dir", "hooks")}
     repo = Repo(**(told["repo"] | places))
     path = Path(told["workspace"])
     private = PrivateGit(repo, folder, told["config"])
     clone = Clone(path, path, Path(told["index"]), tuple(told["inode"]), tuple(told["carried"]))
-    if not is_intact(clone):
-        return
+    if not is_intact(clone) or not places["common_dir"].is_dir():
+        return []
     remove_points(map(Path, told["mount_points"]))
     change = read_change(private, clone, Start(**told["start"]), "Work of an interrupted run")
-    if change.files:
-        keep_commit(repo, private, change.commit, told["name"])
+    ref = keep_commit(repo, private, change.commit, told["name"]) if change.files else ""
+    return [ref] if ref and repo.common_dir == here.common_dir else []
 
 
 # ------------------------------------------------------------------------------------------- change
@@ -3546,9 +3558,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that reads the same on every terminal, on one screen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24, width=79)
+
+
 STATUSES = """\
-exit statuses: 0 proposed or already green, 1 rejected, 2 gave up (handed to a person), 3 refused,
-  4 the agent failed, 5 a rule was broken, 130/143/129 interrupted, 70 a fault of this program
+exit statuses:
+  0 proposed or already green   1 rejected   2 gave up: handed to a person
+  3 refused   4 the agent failed   5 a rule was broken
+  130, 143, 129 interrupted   70 a fault of this program
 """
 
 
@@ -3557,9 +3578,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="agent_runner.py",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Drive a coding agent from an issue, or a red check, to a pull-request proposal. Never a merge.",
-        epilog=STATUSES,
+        formatter_class=Help,
+        description="Drive a coding agent from an issue, or a red check, to a pull-request proposal.\nNever a merge.",
+        epilog=f"agent_runner.py COMMAND --help lists the options of each.\n\n{STATUSES}",
     )
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -3572,27 +3593,30 @@ def build_parser() -> Parser:
         command = commands.add_parser(
             name,
             help=what,
+            usage=f"%(prog)s{' ISSUE' if name == 'issue-to-pr' else ''} [options]",
             description=f"{what[0].upper()}{what[1:]}. The agent is $AGENT_CMD, or a simulated one.",
-            epilog=f"examples:\n{lines}{STATUSES}",
+            epilog=f"examples:\n{lines}\n{STATUSES}",
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            formatter_class=Help,
         )
         add_options(command, name)
     return parser
 
 
 def add_options(command: argparse.ArgumentParser, name: str) -> None:
-    if name == "issue-to-pr":
-        command.add_argument("issue", metavar="ISSUE", help="a Markdown file, or - for standard input")
     agent = command.add_argument_group("agent")
+    if name == "issue-to-pr":
+        agent.add_argument("issue", metavar="ISSUE", help="a Markdown file, or - for standard input")
     attempts = RETRY_CAP if name == "self-heal" else 1
-    agent.add_argument("--simulate", choices=VARIANTS[name], metavar="VARIANT", help=f"{', '.join(VARIANTS[name])}")
+    variants = ", ".join(VARIANTS[name])
+    agent.add_argument("--simulate", choices=VARIANTS[name], metavar="VARIANT", help=f"scripted: {variants}")
     agent.add_argument("--attempts", type=positive, default=attempts, metavar="N", help="tries (default %(default)s)")
     agent.add_argument("--agent-timeout", type=seconds, default=1800.0, metavar="D", help="90s, 15m, 1h (default 30m)")
     agent.add_argument("--keep-env", action="append", default=[], metavar="NAME", help="do not withhold a variable")
     gate = command.add_argument_group("gate")
     gate.add_argument(
-        "--gate", action="append", metavar="CMD", help="replaces 'ruff check .' and 'pytest -q'; repeatable"
+        "--gate", action="append", metavar="CMD", help="not 'ruff check .' and 'pytest -q' but this; repeatable"
     )
     gate.add_argument("--gate-timeout", type=seconds, default=600.0, metavar="D", help="for each command (default 10m)")
     gate.add_argument(
@@ -3604,12 +3628,16 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
     place.add_argument("--base", metavar="REF", help="the commit to start from (default HEAD)")
     place.add_argument("--setup", action="append", default=[], metavar="CMD", help="prepare each clone; repeatable")
     place.add_argument("--carry", action="append", default=[], metavar="PATH", help="bring an ignored file along")
-    place.add_argument("--sandbox", choices=("auto", "off", "require"), default="auto", help="the kernel level")
+    place.add_argument(
+        "--sandbox", choices=("auto", "off", "require"), default="auto", metavar="WHEN",
+        help="the kernel level: auto, off, require",
+    )  # fmt: skip
     place.add_argument("--writable", action="append", default=[], metavar="PATH", help="a folder the agent may write")
     place.add_argument("--no-switch", action="store_true", help="do not switch to the new branch")
     output = command.add_argument_group("output")
     output.add_argument("--dry-run", action="store_true", help="print the plan and the brief, touch nothing")
     output.add_argument("--json", action="store_true", help="the report on stdout, everything else on stderr")
+    output.add_argument("-h", "--help", action="help", help="show this and exit")
 
 
 def parse_settings(argv: Sequence[str] | None) -> Settings:
