@@ -1211,6 +1211,8 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
     folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != home_folder() / ".local"}
     folders.add(Path(os.path.abspath(__file__)))
+    searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    folders |= {entry for entry in searched if entry.is_absolute() and not entry.is_relative_to(top)}
     folders.add(Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib")
     ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
     return ground if run.bwrap or not run.repo.common_dir else survey_imports(run, interpreter, ground)
@@ -1256,7 +1258,10 @@ def shadows_standard_library(folder: Path) -> bool:
 
 CONFIG_NAMES = """
     pytest.ini .pytest.ini pytest.toml .pytest.toml pyproject.toml tox.ini setup.cfg setup.py ruff.toml
-    .ruff.toml conftest.py .coveragerc
+    .ruff.toml conftest.py .coveragerc .ignore .gitignore __init__.py
+""".split()  # noqa: SIM905
+HOME_SETTINGS = """
+    .gitconfig .config/git/config .config/git/ignore .mypy.ini .config/mypy/config .pylintrc .config/pylintrc .npmrc
 """.split()  # noqa: SIM905
 
 
@@ -1266,6 +1271,9 @@ def ground_state(run: Run) -> dict[str, str]:
     settings = [folder / name for folder in seen.parents for name in CONFIG_NAMES]
     home = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "ruff"
     settings += [home / name for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")]
+    settings += [home_folder() / name for name in HOME_SETTINGS]
+    tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
+    settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
     state = {str(path): file_state(path) for path in settings if path.exists()}
     for folder in run.ground.search if not run.bwrap else ():
         with contextlib.suppress(OSError):
@@ -1366,6 +1374,9 @@ def guarded_job(
     tmp = run.folder / ("tmp-gate" if role == "gate" else "tmp")
     tmp.mkdir(exist_ok=True)
     env, cwd = child_env(run, clone, tmp), clone.seen / run.repo.prefix
+    if role == "gate":  # no cache that others could have written to
+        env["RUFF_NO_CACHE"] = "true"
+        env.pop("PYTHONPYCACHEPREFIX", None)
     program = find_program(words[0], run.start)
     if program and program.is_relative_to(run.repo.top) and run.repo.common_dir and not run.bwrap:
         own = clone.path / program.relative_to(run.repo.top)
@@ -1829,19 +1840,35 @@ def patch_of(private: PrivateGit, change: Change) -> str:
     return private(*DIFF, "--binary", change.base, readable_tree(private, change))
 
 
-def added_lines(private: PrivateGit, change: Change) -> Iterator[tuple[str, int, str]]:
-    """Each added line of the change: path, line number, text. Binary files are read as text too."""
-    where = {file.blob: file.path for file in change.files}
-    path, number = "", 0
+class Hunk(NamedTuple):
+    """One stretch of the diff: the file's name now, the first line there, and both sides."""
+
+    path: str
+    line: int
+    removed: list[str]
+    added: list[str]
+
+
+def read_hunks(private: PrivateGit, change: Change) -> list[Hunk]:
+    """The diff between base and change, line by line. Binary files are read as text too."""
+    where: dict[str, deque[str]] = {}  # two files may have the same content, so each name is taken once
+    for file in change.files:
+        none = "0" * len(file.blob)
+        pairs = [(file.old_blob, none), (none, file.blob)] if file.status == "T" else [(file.old_blob, file.blob)]
+        for old, new in pairs:
+            where.setdefault(f"{old}..{new}", deque()).append(file.path)
+    hunks: list[Hunk] = []
+    path, inside = "", False
     for line in private(*DIFF, "--text", "-U0", change.base, readable_tree(private, change)).split("\n"):
         if line.startswith("index "):
-            path = where.get(line[6:].split("..")[1].split(" ")[0], path)
-            number = 0
+            names = where.get(line.split(" ")[1])
+            path, inside = names.popleft() if names else "", False
         elif line.startswith("@@ ") and (match := re.match(r"@@ -\S+ \+(\d+)", line)):
-            number = int(match[1])
-        elif line.startswith("+") and number:
-            yield path, number, line[1:]
-            number += 1
+            hunks.append(Hunk(path, int(match[1]), [], []))
+            inside = True
+        elif inside and line[:1] in ("+", "-"):
+            (hunks[-1].added if line[0] == "+" else hunks[-1].removed).append(line[1:])
+    return hunks
 
 
 # -------------------------------------------------------------------------------------------- brief
@@ -2008,16 +2035,27 @@ def remedy(finding: Finding) -> str:
 # ------------------------------------------------------------------------------------ gate: commands
 
 
+LAUNCHER = re.compile(
+    r"(python[\d.]*|pypy[\d.]*|uvx?|poetry|pdm|hatch|rye|pipenv|pipx|pixi|conda|mamba|micromamba|coverage|env|time"
+    r"|timeout|nice|nohup|stdbuf|xvfb-run|dotenv)(\.exe)?$"
+)
+
+
 def pytest_word(words: Sequence[str]) -> int | None:
     """Where the word `pytest` stands in a command that runs it, however it is spelled."""
     names = ("pytest", "py.test", "pytest.exe")
-    return next((i for i, word in enumerate(words) if os.path.basename(word) in names), None)
+    end = len(words) if LAUNCHER.match(os.path.basename(words[0])) else 1
+    return next((i for i, word in enumerate(words[:end]) if os.path.basename(word) in names), None)
 
 
 def with_report(words: Sequence[str], report: str) -> list[str]:
     """A pytest command that also writes pytest's own JUnit report; ours stands last, so it counts."""
-    end = words.index("--") if "--" in words else len(words)
+    start = pytest_word(words) or 0
+    end = words.index("--", start) if "--" in words[start:] else len(words)
     return [*words[:end], f"--junitxml={report}", "-o", "junit_family=xunit1", *words[end:]]
+
+
+OUTCOME_OF = {"failure": "failed", "error": "error", "skipped": "skipped"}
 
 
 def read_report(path: Path, places: Sequence[Path]) -> dict[str, str] | None:
@@ -2029,19 +2067,18 @@ def read_report(path: Path, places: Sequence[Path]) -> dict[str, str] | None:
     except (OSError, ElementTree.ParseError, ValueError):
         return None
     tests: dict[str, str] = {}
+    keys: dict[tuple[str, str, str], str] = {}
     for case in root.iter("testcase"):
-        outcome = "passed"
-        for part in case:
-            if part.tag in ("failure", "error"):
-                outcome = "failed" if part.tag == "failure" else "error"
-                break
-            if part.tag == "skipped":
-                outcome = "xfailed" if part.get("type") == "pytest.xfail" else "skipped"
-        name = test_id(case.get("file") or "", case.get("classname") or "", case.get("name") or "", places)
-        number = 1
-        while (key := name if number == 1 else f"{name} #{number}") in tests:
-            number += 1
-        tests[key] = outcome
+        told = {"xfailed" if part.get("type") == "pytest.xfail" else OUTCOME_OF.get(part.tag) for part in case}
+        outcome = next((word for word in ("failed", "error", "skipped", "xfailed") if word in told), "passed")
+        named = (case.get("file") or "", case.get("classname") or "", case.get("name") or "")
+        if named not in keys:  # the same name twice is one test, told again of its teardown
+            name, number = test_id(*named, places), 1
+            while (key := name if number == 1 else f"{name} #{number}") in tests:
+                number += 1
+            keys[named] = key
+        if tests.get(keys[named]) not in ("failed", "error"):
+            tests[keys[named]] = outcome
     return tests
 
 
@@ -2140,7 +2177,8 @@ def judge(run: Run, commit: str) -> Verdict:
         rewritten: list[str] = []
         if run.repo.common_dir:
             names = run.private("diff-files", "--name-only", "-z", "--ignore-submodules=all", clone=clone, check=False)
-            rewritten = zsplit(names)
+            planted = zsplit(run.private("ls-files", "-o", "--directory", "-z", clone=clone))
+            rewritten = zsplit(names) + [p for p in planted if os.path.basename(p) in CONFIG_NAMES]
             remove_folder(clone.path.parent)
         tree = run.private("rev-parse", f"{commit}^{{tree}}").strip()
         return Verdict(tree, tuple(checks), rewritten=tuple(rewritten))
@@ -2157,103 +2195,173 @@ def run_setup(run: Run, clone: Clone, role: str) -> list[Check]:
     return checks
 
 
-def lost_tests(before: Verdict, after: Verdict, changed: set[str], *, repair: bool) -> list[str]:
+class Lost(NamedTuple):
+    """A test of the base that no longer counts: which gate command ran it, its file, what became of it."""
+
+    command: str
+    file: str
+    name: str
+    became: str
+
+
+def lost_tests(
+    before: Verdict, after: Verdict, moved: dict[str, str], *, repair: bool, may_skip: Callable[[str], bool]
+) -> list[Lost]:
     """Tests that passed before (in a repair: also those that failed) and do not pass now, one by one."""
-    now: dict[str, str] = {}
-    for check in after.checks:
-        now |= check.tests or {}
+    then = {check.command: check.tests or {} for check in before.checks}
+    wanted = ("passed", "failed", "error") if repair else ("passed",)
     lost = []
-    for check in before.checks:
-        for name, outcome in (check.tests or {}).items():
-            file = name.split("::")[0]
-            wanted = outcome == "passed" or (repair and outcome in ("failed", "error"))
-            if not wanted or file in changed or now.get(name) in ("passed", "failed", "error"):
+    for check in after.checks:
+        now = check.tests or {}
+        for name, outcome in then.get(check.command, {}).items():
+            file, _, rest = name.partition("::")
+            became = now.get(name) or now.get(f"{moved.get(file, file)}::{rest}")
+            if outcome not in wanted or became in ("passed", "failed", "error"):
                 continue
-            if outcome == "error" and name not in now and is_collected_now(name, now):
-                continue
-            lost.append(f"{name} {'is gone' if name not in now else f'is {now[name]} now'}")
+            if outcome == "error" and became is None:  # its collection failed; now its tests have names of their own
+                inside = {o for n, o in now.items() if n.startswith(f"{file}::")}
+                if "passed" in inside and (inside == {"passed"} or may_skip(file)):
+                    continue
+            lost.append(Lost(check.command, file, name, f"is {became} now" if became else "is gone"))
     return lost
 
 
-def is_collected_now(module: str, now: dict[str, str]) -> bool:
-    """Does a file whose collection failed at the base now hold tests that passed, and none that did not?"""
-    stem = module.split("::")[-1].replace(".", "/")
-    outcomes = [o for name, o in now.items() if name.split("::")[0].removesuffix(".py").endswith(stem)]
-    return bool(outcomes) and all(outcome == "passed" for outcome in outcomes)
-
-
-def with_lost_tests(verdict: Verdict, lost: list[str]) -> Verdict:
-    """The verdict with its pytest check failed for the tests that were lost."""
-    if not lost:
-        return verdict
-    reason = f"{len(lost)} tests no longer count: " + "; ".join(lost[:20]) + ("; …" if len(lost) > 20 else "")
-    checks = [
-        check._replace(passed=False, reason=reason if check.passed else f"{check.reason}; {reason}")
-        if check.tests is not None or check.name == "pytest"
-        else check
-        for check in verdict.checks
-    ]
-    if not any(check.name == "pytest" or check.tests is not None for check in checks):
-        checks.append(Check("pytest", "", False, reason))
+def with_lost_tests(verdict: Verdict, lost: list[Lost]) -> Verdict:
+    """The verdict with its pytest checks failed for the tests that were lost."""
+    checks = []
+    for check in verdict.checks:
+        if mine := [f"{one.name} {one.became}" for one in lost if one.command == check.command]:
+            listed = "; ".join(mine[:20]) + ("; …" if len(mine) > 20 else "")
+            reason = f"{len(mine)} test{'s' if len(mine) > 1 else ''} of the base no longer count: {listed}"
+            check = check._replace(passed=False, reason=reason if check.passed else f"{check.reason}; {reason}")
+        checks.append(check)
     return verdict._replace(checks=tuple(checks))
+
+
+def steady(first: Verdict, second: Verdict) -> Verdict:
+    """The first verdict without the tests that the second has not: names that differ in every run."""
+    again = {check.command: check.tests for check in second.checks if check.tests}
+    checks = []
+    for check in first.checks:
+        kept = {n: o for n, o in (check.tests or {}).items() if n in again.get(check.command, {n})}
+        checks.append(check._replace(tests=kept if check.tests else check.tests))
+    return first._replace(checks=tuple(checks))
 
 
 # ----------------------------------------------------------------------------------- gate: integrity
 # What in the diff could have made the verdict green without the code being right.
 
 TEST_PATH = re.compile(
-    r"(^|/)(tests?|testing|testdata|specs?|fixtures|__tests__|__snapshots__|snapshots|cassettes)/"
-    r"|(^|/)(test_[^/]*|[^/]*_test|tests)\.py$"
+    r"(^|/)(tests?|testing|testdata|specs?|fixtures|__tests__|(__)?snapshots(__)?|cassettes|goldens?)/"
+    r"|(^|/)(test_[^/]*|[^/]*_test|tests)\.py$|\.(snap|ambr|golden|approved\.\w+)$"
     r"|(^|/)[^/]*(_test\.go|[._](test|spec)\.[cm]?[jt]sx?|_spec\.rb|Tests?\.(java|kt|cs))$"
 )
 JUDGE_PATH = re.compile(
-    r"(^|/)(conftest\.py|\.?pytest\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.pylintrc|noxfile\.py"
-    r"|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
-    r"|\.eslintrc[^/]*|eslint\.config\.[^/]*|\.rspec|phpunit\.xml[^/]*|\.gitattributes|\.gitmodules"
-    r"|(site|user)customize\.py|[^/]*\.(pth|pyc|pyd|so)|__pycache__/.*|[^/]*\.(dist|egg)-info/.*"
-    r"|(pytest|_pytest|pluggy|iniconfig|ruff|coverage)(\.py|/.*))$"
-    r"|^(\.github/(workflows|actions)|\.forgejo|\.gitea|\.circleci|\.woodpecker|\.githooks|\.husky|\.agent)/"
-    r"|^(\.gitlab-ci\.yml|\.travis\.yml|azure-pipelines\.yml|Jenkinsfile|\.woodpecker\.ya?ml|CODEOWNERS)$"
-    r"|^(AGENTS|CLAUDE|GEMINI|agent-config)\.md$|^\.(claude|codex|gemini|cursor)/|^\.aider\.conf\.yml$|^opencode\.json$"
+    r"(^|/)(conftest\.py|\.?(pytest|tox)\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.pylintrc"
+    r"|noxfile\.py|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
+    r"|\.eslint(rc[^/]*|ignore)|eslint\.config\.[^/]*|biome\.jsonc?|\.rspec|phpunit\.xml[^/]*|\.golangci\.ya?ml"
+    r"|\.gitattributes|\.gitmodules|\.ignore|pyvenv\.cfg|pyrightconfig\.json|CODEOWNERS"
+    r"|[^/]*\.(pth|pyc|pyd|so)|__pycache__/.*|[^/]*\.(dist|egg)-info/.*"
+    r"|(AGENTS|CLAUDE|GEMINI|copilot-instructions)(\.local)?\.md|\.(cursorrules|windsurfrules|mcp\.json))$"
+    r"|^(\.github/(workflows|actions)|\.forgejo|\.gitea|\.circleci|\.woodpecker|\.buildkite|\.ci)/"
+    r"|^(\.githooks|\.husky|\.agent|\.claude|\.codex|\.gemini|\.cursor)/"
+    r"|^(\.gitlab-ci\.yml|\.travis\.yml|azure-pipelines\.yml|Jenkinsfile|\.woodpecker\.ya?ml|\.drone\.yml|\.cirrus\.yml"
+    r"|bitbucket-pipelines\.yml|\.?appveyor\.yml|agent-config\.md|\.aider\.conf\.yml|opencode\.json)$"
 )
 SECTION_FILES = ("pyproject.toml", "setup.cfg", "tox.ini")
-SECTIONS = re.compile(r"pytest|ruff|coverage|tox|testenv|flake8|mypy|pylint|entry.?points|^tool$|\\")
+SECTIONS = re.compile(
+    r"pytest|ruff|coverage|tox|testenv|flake8|mypy|pylint|entry.?points|^tool$|\\"
+    r"|^tool\.(uv\.sources|poe|taskipy|(pdm|hatch|pixi)\b.*\.(scripts|tasks))"
+)
+LOOSE = re.compile(  # lines that count wherever they stand
+    r"\s*[\"']?tool[\"']?\s*[.=]|.*(pytest11|\\[uU]0|\brequires-python|@\s*(file:|\.)"
+    r"|\b(pytest|ruff)[\"']?\s*=\s*[\"'][\w.]+:)"
+)
 MARKERS = re.compile(
     r"\bmark\s*\.\s*(skip|xfail|usefixtures)|\bpytest\.(skip|xfail|importorskip|param\(.*marks)|\bunittest\.(skip|expected)"
-    r"|\bSkipTest\b|\.skipTest\(|\bexpectedFailure\b|\b__test__\s*=|\bcollect_ignore"
-    r"|#\s*(ruff\s*:|noqa|type:\s*ignore|pragma:\s*no\s*cover|pylint:\s*disable|mypy:\s*ignore|fmt:\s*(off|skip)|nosec)"
-    r"|\b(eslint|tslint)-disable|@ts-(ignore|nocheck)|\b(it|test|describe)\.(skip|todo)\(|\bt\.Skip\(",
+    r"|\bSkipTest\b|\.skipTest\(|\bexpectedFailure\b|\b__test__\s*=|\bcollect_ignore|doctest:\s*\+SKIP"
+    r"|#.*\bnoqa\b|#\s*(ruff\s*:|pragma:\s*no\s*cover|pylint:\s*disable|(mypy|pyright|ty|type)\s*:\s*ignore"
+    r"|mypy:|pyright:|fmt:\s*(off|skip)|nosec|pyre-)|\b(es|ts)lint-disable|@ts-(ignore|nocheck|expect-error)"
+    r"|\b(it|test|describe)\.(skip|todo|only)\(|\bf(it|describe)\(|\bx(it|describe)\(|\bt\.Skip\("
+    r"|#\[ignore|@(Ignore|Disabled)\b",
     re.IGNORECASE,
 )
 RUNNER = re.compile(
-    r"\b(import|from)\s+_?pytest\b|['\"]_?pytest\b|\bPYTEST_|\bimport\s+unittest\b|\bfrom\s+unittest\b|\bpytest\."
-    r"|\b_getframe\b|\bcurrentframe\b|\binspect\.(stack|trace)|\bextract_stack\b|\bf_back\b|\bsys\.(settrace|setprofile)"
-    r"|\bos\.(_exit|abort|kill|killpg|exec[lv]\w*)\b|\bimport\s+atexit\b|\batexit\.|\braise_signal\b|\bfaulthandler\b"
-    r"|\bgc\.get_(objects|referrers)|\bsys\.modules\b|\bjunit|\bsys\.meta_path\b|\bsys\.orig_argv\b"
+    r"(?i:_?pytest|\bunittest\b|\bjunit)|\b_exit\b|\batexit\b|\bos\.(abort|kill|killpg|exec[lv]\w*|posix_spawn)\b"
+    r"|\bfrom\s+os\s+import\b.*\b(abort|kill|killpg|exec[lv]\w*)\b|\braise_signal\b|\bfaulthandler\b|/proc/self\b"
+    r"|_getframe|\bcurrentframe\b|\bget(outer|inner)frames\b|\b(extract|walk)_stack\b|\b_current_frames\b|\b[tgca][bira]_frame\b"
+    r"|\bf_(back|globals|locals|code|builtins)\b|\binspect\.(stack|trace)\b|\bfrom\s+inspect\s+import\b.*\b(stack|trace)\b"
+    r"|\bsys\.([sg]et(trace|profile)|modules|meta_path|path_hooks|orig_argv|monitoring|addaudithook)\b"
+    r"|\bfrom\s+sys\s+import\b.*\b(modules|meta_path|orig_argv|[sg]et(trace|profile))\b|\b(import|from)\s+__main__\b"
+    r"|\bgc\.get_\w+|\bfrom\s+gc\b|\bbuiltins\b|\b__builtins__\b|\bpythonapi\b|AGENT_RUNNER|\bJEST_WORKER_ID\b|\bVITEST\b"
+    r"|(?<![\w.])(exec|eval|compile|__import__)\s*\(|\brunpy\b|\bspec_from_file_location\b|\bSourceFileLoader\b"
 )
+CODE = re.compile(r"\.(pyi?w?|[cm]?[jt]sx?)$")
+PROSE = re.compile(r"\.(md|rst|txt|adoc)$")
+UNREAD_BY_LINTER = re.compile(  # folders that ruff leaves out by default
+    r"(^|/)(\.\w[^/]*|_build|buck-out|build|dist|node_modules|site-packages|venv|__pypackages__)/.*\.pyi?$"
+)
+SHADOWED = {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy", "iniconfig", "ruff", "coverage", "packaging"}
+SHADOWED |= {"pygments", "tomli", "exceptiongroup", "sitecustomize", "usercustomize"}
 TOKENS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40}"
-    r"|\bglpat-[\w-]{20}|\bxox[abposr]-[\w-]{10}|\bsk-[\w-]{20}|\bAIza[\w-]{35}|\bnpm_[A-Za-z0-9]{36}"
-    r"|\bpypi-AgE[\w-]{20}|\bhf_[A-Za-z0-9]{30}"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40}"
+    r"|\bgl(pat|rt|dt)-[\w-]{20}|\bx(ox[abposr]|app)-[\w-]{10}|\bsk-(?=[\w-]*\d)[\w-]{20}|\b[rs]k_live_\w{16}"
+    r"|\bAIza[\w-]{35}|\bnpm_[A-Za-z0-9]{36}|\bpypi-AgE[\w-]{20}|\bhf_[A-Za-z0-9]{30}|\bdop_v1_\w{40}|\bSG\.[\w-]{20}"
 )
 
 
-def inspect_change(run: Run, change: Change, known_tests: set[str]) -> tuple[Finding, ...]:
+class KnownTests(NamedTuple):
+    """What the base's own run tells of its tests: their files, and the names they go by."""
+
+    files: frozenset[str]
+    doctests: frozenset[str]  # code whose docstrings are tests
+    names: frozenset[str]
+
+    def hold(self, path: str) -> bool:
+        """Is this a test's file, or one that stands where tests stand?"""
+        parts = path.split("/")
+        tails = ("/".join(parts[number:]) for number in range(len(parts)))  # pytest's root may be a sub-folder
+        return bool(TEST_PATH.search(path)) or any(tail in self.files for tail in tails)
+
+
+def known_tests(baseline: Verdict | None) -> KnownTests:
+    files: set[str] = set()
+    doctests: set[str] = set()
+    names: set[str] = set()
+    for check in baseline.checks if baseline else ():
+        for name, outcome in (check.tests or {}).items():
+            file, _, rest = name.partition("::")
+            module = file.removesuffix(".py").replace("/", ".")
+            inside = file.endswith(".py") and (rest + ".").startswith(module + ".") and outcome != "error"
+            (doctests if inside else files).add(file)
+            names.update(re.findall(r"\btest_\w+|\w+_test\b", name))
+    return KnownTests(frozenset(files), frozenset(doctests - files), frozenset(names))
+
+
+def inspect_change(run: Run, change: Change) -> tuple[Finding, ...]:
     """Every finding on a change, each with what, where, why and its severity for this run."""
-    findings = [*path_findings(run, change, known_tests), *line_findings(run, change, known_tests), *change.unfit]
-    for path, state in ground_state(run).items():
-        if run.ground_before.get(path) != state:
-            why = "outside the repository, and the gate's tools read it"
-            findings.append(Finding("ground", path, None, "rejects", f"changed during the run, {why}"))
-    for path in run.ground_before.keys() - ground_state(run).keys():
-        findings.append(
-            Finding("ground", path, None, "rejects", "was deleted during the run; the gate's tools read it")
-        )
-    for name in run.ground.unfaithful:
-        findings.append(
-            Finding("unfaithful", name, None, "first", "is imported from your checkout, not from the judged tree")
-        )
+    tests, hunks = known_tests(run.baseline), read_hunks(run.private, change)
+    first_line = {hunk.path: hunk.line for hunk in reversed(hunks) if hunk.added}
+    findings = [
+        *(f._replace(line=first_line.get(f.path)) for f in path_findings(run, change, tests)),
+        *name_findings(run, change),
+        *hiding_findings(run, hunks),
+        *line_findings(run, change, hunks, tests),
+        *ground_findings(run),
+        *change.unfit,
+    ]
     return tuple(settle(run.settings, finding) for finding in dict.fromkeys(findings))
+
+
+def ground_findings(run: Run) -> Iterator[Finding]:
+    """What changed on the judge's own ground, outside the repository."""
+    now, why = ground_state(run), "the gate's tools read it, and no proposal holds it"
+    for path in sorted(now.keys() | run.ground_before.keys()):
+        if now.get(path) != run.ground_before.get(path):
+            how = "appeared" if path not in run.ground_before else "was changed" if path in now else "is gone"
+            yield Finding("ground", path, None, "rejects", f"{how} during the run: {why}")
+    for name in run.ground.unfaithful:
+        yield Finding("unfaithful", name, None, "first", "is imported from your checkout, not from the judged tree")
 
 
 def settle(settings: Settings, finding: Finding) -> Finding:
@@ -2268,26 +2376,30 @@ def settle(settings: Settings, finding: Finding) -> Finding:
 def is_matched(path: str, pattern: str) -> bool:
     from fnmatch import fnmatchcase
 
+    pattern = pattern.removeprefix("./")
     return fnmatchcase(path, pattern) or path.startswith(pattern.rstrip("/") + "/")
 
 
-def path_findings(run: Run, change: Change, known_tests: set[str]) -> Iterator[Finding]:
+HOW = {"D": "deleted", "R": "moved", "T": "replaced by a link"}
+
+
+def path_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Finding]:
     """Findings that the changed files' names, kinds and settings give."""
-    programs = {os.path.basename(words[0]) for words in run.gate}
-    read_by_gate = gate_files(run)
+    read_by_gate, support = gate_files(run), test_support(run, change, tests)
     for file in change.files:
         for path in dict.fromkeys((file.old_path, file.path)):
-            reason = judge_reason(run, file, path) or shadow_reason(run, change, file, path)
-            if not reason and (path in read_by_gate or os.path.basename(path) in programs):
-                reason = "is run or read by a gate command"
+            reason = judge_reason(run, file, path, read_by_gate)
+            if not reason and path == file.path and file.status in "ARC":
+                reason = shadow_reason(run, change, path, tests)
             if reason:
                 yield Finding("judge-changed", path, None, "rejects", reason)
-            elif file.status != "A" and (TEST_PATH.search(path) or path in known_tests):
-                how = {"D": "deleted", "R": f"moved to {one_line(file.path)}", "T": "replaced by a link"}
-                if path == file.old_path and file.status != "C":
-                    yield Finding(
-                        "test-changed", path, None, "first", f"an existing test was {how.get(file.status, 'changed')}"
-                    )
+            elif path == file.old_path and file.status not in "AC" and (tests.hold(path) or path in support):
+                how = HOW.get(file.status, "changed") + (f" to {one_line(file.path)}" if file.status == "R" else "")
+                yield Finding(
+                    "test-changed", path, None, "first", f"an existing test was {how}: it judges, so look at it"
+                )
+        if file.status in "ARC" and UNREAD_BY_LINTER.search(file.path):
+            yield Finding("hidden-code", file.path, None, "first", "code in a folder that linters leave out")
         if file.mode == "120000":
             target = os.fsdecode(run.private.file(change.tree, file.path) or b"")
             if leaves_repository(file.path, target):
@@ -2300,93 +2412,201 @@ def path_findings(run: Run, change: Change, known_tests: set[str]) -> Iterator[F
             yield Finding("binary", file.path, None, "shown", "a binary file, which no one can review")
         if file.mode != file.old_mode and file.status not in "AD":
             yield Finding("mode", file.path, None, "shown", f"its mode changed from {file.old_mode} to {file.mode}")
-    yield from name_findings(run, change)
 
 
-def judge_reason(run: Run, file: FileChange, path: str) -> str:
+def judge_reason(run: Run, file: FileChange, path: str, read_by_gate: set[str]) -> str:
     """Why a changed file decides the verdict, by its name and what it sets, or nothing."""
-    if os.path.basename(path) in SECTION_FILES:
-        sections = changed_sections(run, file)
+    name, own_hooks = os.path.basename(path), run.repo.hooks
+    if name in SECTION_FILES or (name == "package.json" and path in read_by_gate):
+        if "120000" in (file.old_mode, file.mode):
+            return "decides the verdict, and is a link"
+        sections = changed_sections(run, file, path)
         return f"decides the verdict: {', '.join(sections)} changed" if sections else ""
-    if JUDGE_PATH.search(path) or path == os.environ.get(AGENT_CONFIG):
+    config = os.environ.get(AGENT_CONFIG)
+    if JUDGE_PATH.search(path) or (config and run.repo.top / config == run.repo.top / path):
         return "decides the verdict, or what runs around it"
+    if path in read_by_gate or name in {os.path.basename(words[0]) for words in run.gate}:
+        return "is run or read by a gate command"
+    if own_hooks and (run.repo.top / path).is_relative_to(own_hooks):
+        return "is a Git hook of this repository"
     return ""
 
 
-def shadow_reason(run: Run, change: Change, file: FileChange, path: str) -> str:
-    """Is this a new module that a tool would import in place of the one it means?"""
+def shadow_reason(run: Run, change: Change, path: str, tests: KnownTests) -> str:
+    """Is this a new module that a tool or a test would import in place of the one it means?"""
     folder, name = os.path.split(path)
-    if file.status not in "ARC" or path != file.path or not name.endswith(".py"):
+    if not name.endswith(".py") or name in ("__main__.py", "conftest.py"):
         return ""
+    if path == "__init__.py":
+        return "makes Python import from the folder above, which no proposal holds"
     if name == "__init__.py":
         folder, name = os.path.split(folder)
-    if run.private.file(change.tree, f"{folder}/__init__.py" if folder else "__init__.py") is not None:
+        if tests.hold(path) and run.private.file(change.base, f"{folder}/{name}.py".lstrip("/")) is not None:
+            return f"takes the place of the module {name} that tests import"
+    module, inside = name.removesuffix(".py"), f"{folder}/__init__.py"
+    if module in ("test", "tests", "docs", "examples"):
+        return ""
+    if folder not in ("", run.repo.prefix) and run.private.file(change.tree, inside) is not None:
         return ""  # inside a package it has another name
-    module = name.removesuffix(".py")
-    shadows = module in sys.stdlib_module_names or module in ("packaging", "pygments", "tomli", "exceptiongroup")
-    return f"bears the name of a module that Python's tools import ({module})" if shadows else ""
+    if module in SHADOWED or (module in installed_names(run) and module not in base_modules(run)):
+        return f"bears the name of a module that Python's tools or the code import ({module})"
+    if tests.hold(path) and not re.match(r"(test_.*|.*_test)$", module) and module in base_modules(run):
+        return f"bears the name of a module of this repository ({module}), which tests would import instead"
+    return ""
 
 
-def changed_sections(run: Run, file: FileChange) -> list[str]:
+def installed_names(run: Run) -> set[str]:
+    """Modules and packages that are installed where the gate's programs come from."""
+    found = [path for words in run.gate if (path := find_program(words[0], run.start))]
+    homes = {p.parent.parent for path in (*found, Path(sys.executable)) for p in (path, Path(os.path.realpath(path)))}
+    sites = [site for home in homes for site in home.glob("lib/python*/site-packages")]
+    return {re.split(r"[.-]", entry)[0] for site in sites for entry in os.listdir(site)}
+
+
+def base_modules(run: Run) -> set[str]:
+    """Names by which modules and packages of the repository are imported, at the base."""
+    paths = {p for p in zsplit(run.private("ls-tree", "-r", "-z", "--name-only", run.base)) if p.endswith(".py")}
+    places = {path.removesuffix("/__init__.py").rpartition("/") for path in paths}
+    return {name.removesuffix(".py") for folder, _, name in places if f"{folder}/__init__.py".lstrip("/") not in paths}
+
+
+def test_support(run: Run, change: Change, tests: KnownTests) -> set[str]:
+    """Changed files that are a test's although they stand elsewhere: helpers, data, and doctests."""
+    old = [f for f in change.files if f.status not in "AC" and not tests.hold(f.old_path) and f.old_mode != "160000"]
+    code = [f.old_path for f in old if CODE.search(f.old_path)]
+    found: set[str] = set()
+    if code:
+        imports = ("-E", "^[[:space:]]*(import|from)[[:space:]]+(pytest|unittest)")
+        found.update(files_with(run, change.base, imports, literal(code)))
+    found |= {f.old_path for f in old if f.old_path in tests.doctests and lost_examples(run, f)}
+    for path in (f.old_path for f in old if tests.files and not (CODE.search(f.old_path) or PROSE.search(f.old_path))):
+        name = ("-F", "-e", os.path.basename(path))
+        named_by = files_with(run, change.base, name, literal(tests.files)) if path not in SECTION_FILES else []
+        if named_by and len(named_by) == len(files_with(run, change.base, name, ["*.py"])):
+            found.add(path)  # tests name it, and no other code does
+    return found
+
+
+def files_with(run: Run, commit: str, pattern: Sequence[str], where: Sequence[str]) -> list[str]:
+    """The files of a commit in which a pattern is found."""
+    found = zsplit(run.private("grep", "-l", "-z", *pattern, commit, "--", *where, check=False))
+    return [line.partition(":")[2] for line in found]
+
+
+def literal(paths: Iterable[str]) -> list[str]:
+    return [f":(top,literal){path}" for path in sorted(paths)[:500]]
+
+
+def lost_examples(run: Run, file: FileChange) -> bool:
+    """Does a change to code take away or alter an example of its docstrings?"""
+    from collections import Counter
+    from doctest import DocTestParser
+
+    def examples(blob: str) -> Counter[tuple[str, str]]:
+        text = run.private("cat-file", "blob", blob) if blob.strip("0") else ""
+        return Counter((e.source, e.want) for e in DocTestParser().get_examples(text))
+
+    try:
+        return bool(examples(file.old_blob) - examples(file.blob))
+    except ValueError:
+        return True
+
+
+def changed_sections(run: Run, file: FileChange, path: str) -> list[str]:
     """The sections of a settings file that decide a verdict and differ between base and change."""
-    texts = []
-    for blob in (file.old_blob, file.blob):
-        data = run.private("cat-file", "blob", blob) if set(blob) != {"0"} else ""
-        texts.append(read_sections(data))
-    names = texts[0].keys() | texts[1].keys()
-    return sorted(name for name in names if texts[0].get(name) != texts[1].get(name))
+    blobs = (file.old_blob if path == file.old_path else "", file.blob if path == file.path else "")
+    read = read_package if path.endswith(".json") else read_sections
+    old, new = (read(run.private("cat-file", "blob", blob) if blob.strip("0") else "") for blob in blobs)
+    tools = {f"tool.{os.path.basename(word)}" for words in run.gate for word in words} - MANAGERS
+    names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    counts = {name for name in names if SECTIONS.search(name) or ".".join(name.split(".")[:2]) in tools}
+    return sorted(counts if read is read_sections else names)
+
+
+MANAGERS = {f"tool.{name}" for name in ("uv", "poetry", "pdm", "hatch", "rye", "pixi")}  # they hold the dependencies
+HARMLESS_KEYS = """
+    name version description keywords author license homepage repository bugs main files engines private
+    dependencies devDependencies peerDependencies optionalDependencies
+""".split()  # noqa: SIM905
+
+
+def read_package(text: str) -> dict[str, str]:
+    """The parts of a package.json that decide what its scripts do."""
+    try:
+        found = json.loads(text or "{}")
+        return {key: json.dumps(value) for key, value in found.items() if key not in HARMLESS_KEYS}
+    except (ValueError, AttributeError):
+        return {"text": text}
 
 
 def read_sections(text: str) -> dict[str, str]:
-    """The sections that decide a verdict, each with its text. Errs on the side of seeing too many."""
+    """The sections of an INI or TOML file, each with its text. A section that counts ends at a plain header only."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in text.split("\n"):
-        header = re.match(r"\s*\[+([^\[\]]*)\]+\s*(?:#.*)?$", line)
+        header = re.match(r"\s*\[+([^\[\]]*)\]+\s*(?:[#;].*)?$", line)
         title = re.sub(r"[\s\"']", "", header[1]).lower() if header else ""
-        wanted = SECTIONS.search(title) if title else None
-        if wanted:
+        if title and (SECTIONS.search(title) or not SECTIONS.search(name) or re.match(r"\[+[A-Za-z]", line)):
             name = title
-        elif header and re.match(r"\[+[A-Za-z]", line):  # only a plain header ends what we watch
-            name = ""
-        if not name and re.match(r"\s*[\"']?tool[\"']?\s*[.=]|.*(pytest11|\\u00)", line):
+        if not SECTIONS.search(name) and LOOSE.match(line):
             found.setdefault("tool", []).append(line)
-        if name:
-            found.setdefault(name, []).append(line.rstrip())
+        found.setdefault(name, []).append(line.rstrip())
     return {title: "\n".join(lines).strip() for title, lines in found.items()}
 
 
 READS_NEXT = re.compile(
-    r"(python[\d.]*|pypy\d?|bash|sh|zsh|dash|ksh|node|deno|bun|ruby|perl|php|run|exec|env|time|nice|source|\.)(\.exe)?$"
-    r"|(-c|-f|-r|--(file|config|config-file|configuration|rcfile|settings|makefile))$"
+    r"(python[\d.]*|pypy\d?|bash|sh|zsh|dash|ksh|node|deno|bun|ruby|perl|php|run|exec|env|time|nice|source|\.|include)"
+    r"(\.exe)?$|(-c|-f|--(file|config|config-file|configuration|rcfile|settings|makefile))$"
 )
-PACKAGE_JSON = ("package.json",)
-READ_BY_TOOL = dict.fromkeys(("npm", "npx", "yarn", "pnpm", "node", "bun"), PACKAGE_JSON) | {
+READ_BY_TOOL = dict.fromkeys(("npm", "npx", "yarn", "pnpm", "node", "bun"), ("package.json",)) | {
     "make": ("Makefile", "makefile", "GNUmakefile"),
-    "just": ("justfile",),
-    "nox": ("noxfile.py",),
+    "just": ("justfile", ".justfile"),
+    "uv": ("uv.toml",),
+    "hatch": ("hatch.toml",),
 }
 
 
 def gate_files(run: Run) -> set[str]:
-    """Committed files that gate commands run or take their settings from, not those they check."""
-    found: set[str] = set()
-    for words in (*run.gate, *(split_command(command, "--setup") for command in run.settings.setup)):
-        for name in (*READ_BY_TOOL.get(os.path.basename(words[0]), ()), *names_read(words)):
-            found.add(os.path.normpath(os.path.join(run.repo.prefix, name)).replace(os.sep, "/"))
-    return {path for path in found if run.private.file(run.base, path) is not None}
+    """Files that gate commands run or take their settings from, and what those run, not what they check."""
+    commands = [*run.gate, *(split_command(command, "--setup") for command in run.settings.setup)]
+    found = {name for words in commands for name in READ_BY_TOOL.get(os.path.basename(words[0]), ())}
+    names = found | {name for words in commands for name in names_read(words)}
+    found = set()
+    while todo := {p for name in names if (p := path_in(run.repo, name))} - found:
+        found |= todo
+        listing = run.private("ls-tree", "-z", run.base, "--", *sorted(todo)[:500])
+        scripts = [e.split("\t")[1] for e in zsplit(listing) if " blob " in e and not CODE.search(e)]
+        lines = [line for path in scripts for line in (run.private.file(run.base, path) or b"").splitlines()[:2000]]
+        names = {name for line in lines for name in names_read(split_line(os.fsdecode(line)))}
+    return found
+
+
+def path_in(repo: Repo, name: str) -> str:
+    """A name as the gate's folder sees it, as a path in the repository; empty when it leads out of it."""
+    path = os.path.relpath(os.path.join(repo.top, repo.prefix, name), repo.top).replace(os.sep, "/")
+    return "" if path.split("/")[0] in (".", "..") else path
+
+
+def split_line(text: str) -> list[str]:
+    """The words of a line of a script, wherever in it a command may begin."""
+    return re.sub(r"[\s;&|()'\"`,@$]+", " ", text).split()
 
 
 def names_read(words: Sequence[str]) -> Iterator[str]:
     """The words of a command that could name a script it runs or a settings file it reads."""
     before = ""
     for number, word in enumerate(words):
+        last = os.path.basename(words[number - 1]) if number else ""
         if " " in word:  # sh -c '…'
-            yield from names_read(re.split(r"[\s;&|()'\"]+", word))
-        elif number == 0 or READS_NEXT.match(os.path.basename(words[number - 1])) or READS_NEXT.match(before):
+            yield from names_read(split_line(word))
+        elif number == 0 or READS_NEXT.match(last) or READS_NEXT.match(before):
             yield word
         elif word.startswith("-") and "=" in word:
             yield word.split("=", 1)[1]
+        elif word.startswith("@"):
+            yield word[1:]
+        if last == "-m":
+            yield from (word.replace(".", "/") + end for end in (".py", "/__main__.py"))
         before = before if word.startswith("-") else os.path.basename(word)
 
 
@@ -2401,20 +2621,21 @@ def leaves_repository(path: str, target: str) -> bool:
 
 def name_findings(run: Run, change: Change) -> Iterator[Finding]:
     """Names that another system cannot check out, and files too large to review."""
-    new = [file for file in change.files if file.status in "ARC"]
-    if not change.files:
-        return
-    names = zsplit(run.private("ls-tree", "-r", "-z", "--name-only", change.tree)) if new else []
-    folded: dict[str, list[str]] = {}
+    new = [file.path for file in change.files if file.status in "ARC"]
+    places = {place for path in new for place in (path, *parents_of(path))}
+    folders = sorted({f"{os.path.dirname(place)}/" for place in places} - {"/"})
+    names = zsplit(run.private("ls-tree", "-z", "--name-only", change.tree)) if new else []
+    names += zsplit(run.private("ls-tree", "-z", "--name-only", change.tree, *folders)) if folders else []
+    folded: dict[str, set[str]] = {}
     for name in names:
-        for part in (name, *(str(p) for p in Path(name).parents)):
-            folded.setdefault(unicodedata.normalize("NFC", part).casefold(), []).append(part)
-    for file in new:
-        clash = {p for p in folded.get(unicodedata.normalize("NFC", file.path).casefold(), ()) if p != file.path}
-        if clash:
-            yield Finding("path", file.path, None, "rejects", f"differs only by case from {one_line(clash.pop())}")
-        if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", file.path):
-            yield Finding("path", file.path, None, "rejects", "a name that cannot be checked out elsewhere")
+        folded.setdefault(unicodedata.normalize("NFC", name).casefold(), set()).add(name)
+    for path in new:
+        for place in (path, *parents_of(path)):
+            if clash := folded.get(unicodedata.normalize("NFC", place).casefold(), set()) - {place}:
+                yield Finding("path", path, None, "rejects", f"differs only by case from {one_line(min(clash))}")
+                break
+        if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", path):
+            yield Finding("path", path, None, "rejects", "a name that cannot be checked out elsewhere")
     for file, size in file_sizes(run.private, change):
         if size > READ_LIMIT:
             yield Finding("large", file.path, None, "first", f"a file of {size_text(size)}, too large to be searched")
@@ -2422,22 +2643,51 @@ def name_findings(run: Run, change: Change) -> Iterator[Finding]:
             yield Finding("large", file.path, None, "shown", f"a file of {size_text(size)}")
 
 
-def line_findings(run: Run, change: Change, known_tests: set[str]) -> Iterator[Finding]:
-    """Findings that the added lines give: markers, knowledge of the test runner, secrets."""
-    secrets = run.console.secrets
-    for path, number, line in added_lines(run.private, change):
-        if TOKENS.search(line) or any(secret in line for secret in secrets):
-            yield Finding("secret", path, number, "rejects", "a token, key or withheld value in an added line")
-        if match := MARKERS.search(line):
-            yield Finding("marker", path, number, "first", f"a skip or suppression was added: {one_line(match[0], 40)}")
-        is_test = TEST_PATH.search(path) or path in known_tests
-        if path.endswith((".py", ".pyi")) and not is_test and (match := RUNNER.search(line)):
-            yield Finding(
-                "runner-aware", path, number, "first", f"code that knows the test runner: {one_line(match[0], 40)}"
-            )
+def hiding_findings(run: Run, hunks: list[Hunk]) -> Iterator[Finding]:
+    """Ignore rules of the change that match tracked files: linters follow them and read those no more."""
+    rules = {(h.path, h.line + n) for h in hunks if h.path.endswith(".gitignore") for n in range(len(h.added))}
+    shown = {h.path for h in hunks if h.path.endswith(".gitignore") and any("!" in line for line in h.removed)}
+    if not run.workspace or not (rules or shown):
+        return
+    tracked = run.private("ls-files", "-z", clone=run.workspace)
+    asked = ("check-ignore", "-v", "-z", "--no-index", "--stdin")
+    told = run.private(*asked, clone=run.workspace, stdin=os.fsencode(tracked), check=False).split("\0")
+    for source, number, pattern, path in zip(told[::4], told[1::4], told[2::4], told[3::4], strict=False):
+        if not pattern.startswith("!") and ((source, int(number)) in rules or source in shown):
+            why = f"hides {one_line(path)}, which is tracked, from tools that follow ignore rules"
+            yield Finding("judge-changed", source, int(number), "rejects", why)
+
+
+def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests) -> Iterator[Finding]:
+    """Findings that the added lines give: markers, knowledge of the test runner, secrets. Moved lines are not new."""
+    secrets = {part for secret in run.console.secrets for part in (secret, *secret.splitlines()) if len(part) >= 8}
+    moved = {line.strip() for hunk in hunks for line in hunk.removed}
+    for hunk in hunks:
+        path, is_test = hunk.path, tests.hold(hunk.path)
+        is_code = bool(CODE.search(path)) and not is_test and os.path.basename(path) != "setup.py"
+        for number, line in enumerate(hunk.added, hunk.line):
+            if TOKENS.search(line) or any(secret in line for secret in secrets):
+                yield Finding("secret", path, number, "rejects", "a token, key or withheld value in an added line")
+            if line.strip() in moved:
+                continue
+            match = MARKERS.search(line) if is_test or not PROSE.search(path) else None
+            if match and not any(old.rstrip().endswith(line[match.start() :].rstrip()) for old in hunk.removed):
+                what = one_line(match[0], 40)
+                yield Finding("marker", path, number, "first", f"a skip or suppression was added: {what}")
+            if is_code and (word := runner_word(line, tests)) and not any(word in old for old in hunk.removed):
+                what = one_line(word, 40)
+                yield Finding("runner-aware", path, number, "first", f"code that knows the test runner: {what}")
     for file in change.files:
         if any(secret in file.path for secret in secrets) or TOKENS.search(file.path):
             yield Finding("secret", file.path, None, "rejects", "a token, key or withheld value in a file's name")
+
+
+def runner_word(line: str, tests: KnownTests) -> str:
+    """What in a line of code speaks of the test runner, the call stack, the process's end, or a test by name."""
+    if line.lstrip().startswith("#"):
+        return ""
+    match = RUNNER.search(line)
+    return match[0] if match else next(iter(sorted(tests.names.intersection(re.findall(r"\w+", line)))), "")
 
 
 # --------------------------------------------------------------------------------------- gate: proof
@@ -2470,9 +2720,46 @@ def prove(run: Run, change: Change, verdict: Verdict) -> Proof:
     return Proof(mended | new_on_old, old_on_new)
 
 
+def only_beside_new_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool) -> str:
+    """Tests of the base that pass here and do not pass without the change's new test modules, if it has any."""
+    number = next((n for n, words in enumerate(run.gate) if pytest_word(words) is not None), None)
+    known = known_tests(run.baseline)
+    now = known_tests(verdict).files - known.files
+    new = [f for f in change.files if f.status in "ARC" and f.path.endswith(".py") and f.mode != "120000"]
+    new = [f for f in new if f.path in now or (TEST_PATH.search(f.path) and "__init__" in f.path)]
+    texts = {f.path: os.fsdecode(run.private.file(change.tree, f.path) or b"") for f in new}
+    new = [f for f in new if (texts[f.path].strip() if repair else REACHES.search(texts[f.path]))]
+    if number is None or not new or not run.baseline:
+        return ""
+    wanted = ("failed", "error") if repair else ("passed",)
+    then = {name: o for c in run.baseline.checks for name, o in (c.tests or {}).items() if o in wanted}
+    tree = build_tree(run.private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in new))
+    files = sorted({name.partition("::")[0] for name in then} - {f.path for f in new})
+    alone = run_tests_on(run, tree, number, files, "Tests of the base, without the new ones") if files else {}
+    there = {name.partition("::")[0] for name, outcome in alone.items() if outcome == "passed"}
+    bad = [name for name, o in then.items() if alone.get(name) != "passed"]
+    bad = [name for name in bad if then[name] != "error" or name.partition("::")[0] not in there]
+    return f"only beside the new test files do these pass: {'; '.join(bad[:20])}" if bad else ""
+
+
+REACHES = re.compile(  # what a test module could do to others
+    r"^\s*(?!self\.|cls\.)[A-Za-z_][\w.]*\.\w+(\[.*\])?\s*[-+*/|&]?=[^=]|\b(setattr|delattr|globals|reload|exec|eval)\b"
+    r"|__dict__|\bsys\.(modules|path|meta_path)|\bpytest_\w+|_pytest|pluginmanager|\bpatch\b|\bscope\b|autouse",
+    re.MULTILINE,
+)
+
+
 def passed_tests(verdict: Verdict | None) -> set[str]:
     checks = verdict.checks if verdict else ()
     return {name for check in checks for name, outcome in (check.tests or {}).items() if outcome == "passed"}
+
+
+def settings_in(words: Sequence[str]) -> Iterator[str]:
+    """Those options of a pytest command that say how it runs, not what."""
+    takes = ("-c", "--config-file", "-p", "-o", "--override-ini", "-W", "--rootdir", "--import-mode", "--confcutdir")
+    for number, word in enumerate(words):
+        if word.startswith(takes) or (number and words[number - 1] in takes):
+            yield word
 
 
 def run_tests_on(run: Run, tree: str, number: int, files: list[str], why: str) -> dict[str, str]:
@@ -2482,8 +2769,7 @@ def run_tests_on(run: Run, tree: str, number: int, files: list[str], why: str) -
     assert end is not None
     prefix = run.repo.prefix
     paths = [os.path.relpath(path, prefix) if prefix else path for path in files]
-    options = [w for w in words[end + 1 :] if w.startswith(("-c", "--config-file", "-p", "-o"))]
-    command = [*words[: end + 1], "-q", *(o for o in options if "=" in o), *(f"./{path}" for path in paths)]
+    command = [*words[: end + 1], "-q", *settings_in(words[end + 1 :]), *(f"./{path}" for path in paths)]
     commit = run.private.commit(tree, run.base, why)
     with run.judging:
         clone = open_checkout(run, commit)
@@ -2524,7 +2810,9 @@ def recall_baseline(store: Path) -> Verdict | None:
     """The verdict of an earlier run on the same base: it was green."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         told = json.loads(store.read_text("utf-8"))
-        return Verdict(told["tree"], tuple(Check(**check) for check in told["checks"]))
+        return Verdict(
+            told["tree"], tuple(Check(**check) for check in told["checks"]), rewritten=tuple(told["rewritten"])
+        )
     return None
 
 
@@ -2535,7 +2823,8 @@ def judge_base(run: Run, store: Path) -> Verdict:
         verdict = as_baseline(judge(run, run.base))
     if verdict.passed and not run.stop.is_set():
         store.parent.mkdir(parents=True, exist_ok=True)
-        told = {"tree": verdict.tree, "checks": [check._replace(output="")._asdict() for check in verdict.checks]}
+        checks = [check._replace(output="")._asdict() for check in verdict.checks]
+        told = {"tree": verdict.tree, "checks": checks, "rewritten": verdict.rewritten}
         temporary = store.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(told), "utf-8")
         temporary.replace(store)
@@ -3272,6 +3561,7 @@ def self_heal(run: Run) -> Ending:
     with run.console.step("the gate judges the base once more, before an agent is spent on it") as ended:
         again = as_baseline(judge(run, run.base))
         ended(f"the base is {again.colour} this time" if again.passed else "the base is red again")
+    run.baseline = steady(failure, again)
     if again.passed:
         return Ending(
             "gave-up",
@@ -3377,12 +3667,8 @@ def judge_change(run: Run, attempt: Attempt, *, repair: bool) -> Verdict:
     assert change is not None
     files = f"{len(change.files)} file{'s' if len(change.files) != 1 else ''}"
     with run.console.step(f"the gate judges the change ({files}): {'; '.join(run.settings.gate)}") as ended:
-        verdict = judge(run, change.commit)
-        before = run.baseline or Verdict("", ())
-        known = {name.split("::")[0] for check in before.checks for name in check.tests or ()}
-        touched = {path for file in change.files for path in (file.path, file.old_path)}
-        verdict = with_lost_tests(verdict, lost_tests(before, verdict, touched, repair=repair))
-        findings = inspect_change(run, change, known)
+        verdict, weakened = with_base_tests(run, change, judge(run, change.commit), repair=repair)
+        findings = (*inspect_change(run, change), *weakened, *rewrite_findings(run, verdict))
         bad = [f for f in findings if f.severity == "rejects"]
         reason = "; ".join(finding_text(f) for f in bad[:5]) + ("; …" if len(bad) > 5 else "")
         integrity = Check("integrity", "the diff", not bad, reason or "passed")
@@ -3395,6 +3681,42 @@ def judge_change(run: Run, attempt: Attempt, *, repair: bool) -> Verdict:
     for path in verdict.rewritten[:10]:
         run.mentions.append(f"the gate rewrote {one_line(path)} in its own checkout; the proposal does not hold that.")
     return verdict
+
+
+def with_base_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool) -> tuple[Verdict, tuple[Finding, ...]]:
+    """The verdict, red for tests of the base that no longer count; what an edited test file lost is a finding."""
+    before = run.baseline or Verdict("", ())
+    moved = {f.old_path: f.path for f in change.files if f.status != "A"}
+    moved |= {os.path.relpath(old, run.repo.prefix or "."): new for old, new in moved.items()}
+
+    def may_skip(file: str) -> bool:
+        return bool(MARKERS.search(os.fsdecode(run.private.file(run.base, file) or b"")))
+
+    lost = lost_tests(before, verdict, moved, repair=repair, may_skip=may_skip)
+    hard = [one for one in lost if one.file not in moved]
+    if not repair and any("[" in one.name for one in hard):  # names that hold a date or a random value
+        again = steady(before, judge(run, run.base))
+        hard = [one for one in hard if one in lost_tests(again, verdict, moved, repair=repair, may_skip=may_skip)]
+    verdict = with_lost_tests(verdict, hard)
+    if verdict.passed and (reason := only_beside_new_tests(run, change, verdict, repair=repair)):
+        verdict = verdict._replace(checks=(*verdict.checks, Check("tests of the base alone", "", False, reason)))
+    weakened: dict[str, list[str]] = {}
+    for one in lost:
+        if one.file in moved:
+            weakened.setdefault(one.file, []).append(f"{one.name.partition('::')[2]} {one.became}")
+    kind, why = "test-lost", "passed at the base and no longer counts: "
+    return verdict, tuple(
+        settle(run.settings, Finding(kind, moved[file], None, "first", why + "; ".join(names[:20])))
+        for file, names in weakened.items()
+    )
+
+
+def rewrite_findings(run: Run, verdict: Verdict) -> tuple[Finding, ...]:
+    """Tests and settings that the judged code itself wrote into the checkout that it was judged in."""
+    tests, known = known_tests(run.baseline), run.baseline.rewritten if run.baseline else ()
+    why = "was written by the gate's own commands while they judged"
+    paths = [p for p in verdict.rewritten if p not in known and (tests.hold(p) or JUDGE_PATH.search(p))]
+    return tuple(settle(run.settings, Finding("rewritten", path, None, "rejects", why)) for path in paths)
 
 
 def show_checks(run: Run, verdict: Verdict) -> None:
