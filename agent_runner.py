@@ -1447,8 +1447,15 @@ def take_snapshot(repo: Repo) -> Snapshot:
         home / ".config/git/ignore",
         home / ".config/git/attributes",
         Path(os.path.abspath(__file__)),
+        # What Git ignores as broken, until it stumbles over it.
+        *(path for path in (repo.common_dir / "refs").rglob("*") if is_stray_ref(repo.common_dir, path, refs)),
     ]
     return Snapshot(head, refs, {str(path): file_hash(path) for path in paths})
+
+
+def is_stray_ref(common_dir: Path, path: Path, refs: dict[str, str]) -> bool:
+    """Is this a file among the refs that is none of them?"""
+    return path.suffix != ".lock" and path.relative_to(common_dir).as_posix() not in refs and path.is_file()
 
 
 def file_hash(path: Path) -> str:
@@ -1489,16 +1496,19 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
             or (ref.startswith(("refs/heads/agent/", "refs/agent-runner/")) and (new or old).split(" ")[0] in known)
         )
         place, _, name = ref.rpartition("\t")
-        command = f"git{f' -C {shlex.quote(place)}' if place else ''} update-ref"
+        command, quoted = f"git{f' -C {shlex.quote(place)}' if place else ''}", shlex.quote(name)
         change = "created" if not old else "deleted" if not new else f"moved from {old[:10]}"
-        undo = f"{command} {shlex.quote(name)} {old.split(' ')[0]}" if old else f"{command} -d {shlex.quote(name)}"
+        commit, _, target = old.partition(" ")
+        undo = f"{command} update-ref --no-deref {f'{quoted} {commit}' if old else f'-d {quoted}'}"
+        undo = f"{command} symbolic-ref {quoted} {shlex.quote(target)}" if target else undo
         what = f"{name}{f' of {place}' if place else ''} was {change}"
         moved.append(Moved(what, not run.bwrap and not theirs, undo))
     for path in sorted(before.files.keys() | after.files.keys()):
         if before.files.get(path, "") != after.files.get(path, ""):
             saved = run.saved_files.get(path)
-            undo = f"cp {shlex.quote(str(saved))} {shlex.quote(path)}" if saved else f"rm {shlex.quote(path)}"
-            moved.append(Moved(f"{path} was changed", not run.bwrap, undo))
+            undo = f"cp -p {shlex.quote(str(saved))} {shlex.quote(path)}" if saved else f"rm {shlex.quote(path)}"
+            change = "changed" if path in before.files and path in after.files else "deleted" if saved else "created"
+            moved.append(Moved(f"{path} was {change}", not run.bwrap, undo))
     return moved
 
 
@@ -3273,8 +3283,8 @@ def is_below(path: Path) -> bool:
 def why_lines(run: Run, ending: Ending) -> Iterator[str]:
     """Why there is no proposal: the failed commands' own telling lines, or the agent's last ones."""
     if ending.outcome == "agent-failed" and run.attempts and ended_badly(run, run.attempts[-1]):
-        for line in plain(run.attempts[-1].ran.output).rstrip().split("\n")[-10:]:
-            yield f"  agent │ {line}"
+        lines = [line for line in plain(run.attempts[-1].ran.output).split("\n") if line.strip()]
+        yield from (f"  agent │ {line}" for line in lines[-10:])
     for check in ending.verdict.checks if ending.verdict and ending.outcome != "proposed" else ():
         if not check.passed and check.command != "the diff":
             yield from ("", f"{check.name} is red: {check.reason}")
@@ -3779,13 +3789,18 @@ def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
     return Ending("proposed", "", change=change, verdict=verdict, proof=proof)
 
 
-def conclude(run: Run, ending: Ending) -> Ending:
-    """Verify P1, then make the proposal or keep the work; the ending that is true of the repository."""
+def verify_rules(run: Run, ending: Ending) -> Ending:
+    """Compare what P1 promises to leave alone with what it was; the ending that is true of it."""
     run.moved = compare_snapshots(run, run.before, take_snapshot(run.repo)) if run.before else []
     run.mentions += [f"{m.what} during the run, not by the agent." for m in run.moved if not m.broken]
     if any(m.broken for m in run.moved):
         what = "; ".join(m.what for m in run.moved if m.broken)
         ending = ending._replace(outcome="rule-broken", message=f"something of yours was changed: {what}")
+    return ending
+
+
+def conclude(run: Run, ending: Ending) -> Ending:
+    """Make the proposal, or keep the work; the ending that is true of the repository."""
     change = ending.change
     if change and run.private.unsigned:
         run.mentions.append(f"the commit is not signed: {run.private.unsigned}")
@@ -3824,7 +3839,7 @@ def save_files(run: Run, before: Snapshot) -> None:
         if digest and Path(name).stat().st_size < 1 << 20:
             folder.mkdir(exist_ok=True)
             saved = folder / f"{number}-{Path(name).name}"
-            shutil.copyfile(name, saved)
+            shutil.copy2(name, saved)
             run.saved_files[name] = saved
 
 
@@ -4189,11 +4204,15 @@ def supervise(run: Run, signals: Signals) -> Ending:
         ending = Ending("refused", reason_of(error), change=salvage(run))
     signals.shielded = True  # a proposal is made whole, or not at all
     try:
+        ending = verify_rules(run, ending)
         return conclude(run, ending)
     except (Refusal, OSError) as error:
         run.keep_folder = bool(run.attempts)
-        later = "; the next run in this repository keeps the agent's work" if run.keep_folder else ""
-        return ending._replace(outcome="refused", exit_code=None, message=reason_of(error) + later)
+        later = "; the next run in this repository keeps the agent's work" if run.attempts else ""
+        message = reason_of(error) + later
+        if ending.outcome == "rule-broken":
+            return ending._replace(message=f"{ending.message}; {message}")
+        return ending._replace(outcome="refused", exit_code=None, message=message)
 
 
 def interrupted(signal_seen: Interrupted, change: Change | None = None) -> Ending:
