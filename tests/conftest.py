@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "agent_runner.py"
+sys.path.insert(0, str(ROOT))  # for the tests that call the program's functions
 # A gate that costs a few milliseconds, for tests whose subject is not the gate.
 CHEAP_GATE = f"{shlex.quote(sys.executable)} -S -c pass"
 
 
 def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     """An empty HOME, and an environment in which nothing of this machine's user decides anything."""
+    ours = "GIT_ AGENT_ XDG_ GH_ GITHUB_ GITLAB_ GITEA_ FORGEJO_ ACTIONS_ CI_ PYTEST_ADDOPTS"
     for name in list(os.environ):
-        if name.startswith(
-            ("GIT_", "AGENT_", "XDG_", "GH_", "GITHUB_", "GITLAB_", "ACTIONS_", "CI_", "PYTEST_ADDOPTS")
-        ):
+        if name.startswith(tuple(ours.split())):
             patch.delenv(name)
     home.mkdir()
     patch.setenv("HOME", str(home))
@@ -82,14 +82,21 @@ class Repository:
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.git("rev-parse", "HEAD")
 
-    def run(self, *words: str, agent: str | None = None, cwd: str = "", env: dict[str, str] | None = None) -> Result:
-        """Run the program as its users do: as a child process, in the repository."""
-        environ = dict(os.environ) | (env or {})
-        if agent is not None:
-            environ["AGENT_CMD"] = agent
-        argv = [sys.executable, str(PROGRAM), *words]
+    def run(
+        self,
+        *words: str,
+        agent: str | None = None,
+        cwd: str = "",
+        env: Mapping[str, str | None] | None = None,
+        stdin: str = "",
+        under: Sequence[str] = (),
+    ) -> Result:
+        """Run the program as its users do: as a child process, in the repository, `under` another if one is given."""
+        changes = {"AGENT_CMD": agent} | dict(env or {}) if agent is not None else dict(env or {})
+        environ = {name: value for name, value in (dict(os.environ) | changes).items() if value is not None}
+        argv = [*under, sys.executable, str(PROGRAM), *words]
         done = subprocess.run(
-            argv, cwd=self.path / cwd, env=environ, capture_output=True, stdin=subprocess.DEVNULL, timeout=120
+            argv, cwd=self.path / cwd, env=environ, capture_output=True, input=stdin.encode(), timeout=120
         )
         return Result(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
 
@@ -115,10 +122,17 @@ class Repository:
         return self.git("rev-parse", f"{ref}^{{tree}}")
 
 
+_small_app: dict[Path, bytes | None] = {}  # made once, for the time that seven processes take
+
+
 def small_app(path: Path) -> Repository:
     """A small app with a passing test, committed on `main`."""
     made = Repository(path)
     made.path.mkdir()
+    if _small_app:
+        for name, data in _small_app.items():
+            (path / name).mkdir() if data is None else (path / name).write_bytes(data)
+        return made
     made.git("init", "-q", "-b", "main")
     made.git("config", "user.name", "Ada")
     made.git("config", "user.email", "ada@example.invalid")
@@ -126,6 +140,8 @@ def small_app(path: Path) -> Repository:
     made.write("test_calc.py", "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n")
     made.write("issue.md", "# Triple a number\n\n`triple(x)` in calc.py returns three times x.\n")
     made.commit("start")
+    for file in sorted(path.rglob("*")):
+        _small_app[file.relative_to(path)] = None if file.is_dir() else file.read_bytes()
     return made
 
 
