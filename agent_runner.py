@@ -1592,9 +1592,10 @@ class Run:
         """Make the folder that outlives the run, named by time and slug."""
         stem = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.started)) + f"-{self.slug}"
         for number in range(1, 1000):
-            self.record = self.records / (stem if number == 1 else f"{stem}-{number}")
+            record = self.records / (stem if number == 1 else f"{stem}-{number}")
             with contextlib.suppress(FileExistsError):
-                self.record.mkdir(parents=True)
+                record.mkdir(parents=True)
+                self.record = record
                 break
         assert self.record is not None
         return self.record
@@ -3299,14 +3300,18 @@ def telling_lines(output: str) -> str:
 
 
 def prune(run: Run) -> None:
-    """Keep the last records and their refs; drop what is older."""
-    if not run.records.is_dir():
-        return
-    names = sorted(p.name for p in run.records.iterdir() if re.match(r"\d{8}-\d{6}-", p.name))
-    for name in names[:-RECORDS]:
+    """Keep the last records with their refs, and the last baselines; drop what is older."""
+    space = "refs/agent-runner/"
+    refs = git(run.repo, "for-each-ref", "--format=%(refname)", space).split() if run.repo.common_dir else []
+    names = {ref.removeprefix(space) for ref in refs} | {path.name for path in run.records.glob("*")}
+    old = sorted(name for name in names if re.match(r"\d{8}-\d{6}-", name))[:-RECORDS]
+    orders = "".join(f"delete {space}{name}\n" for name in old if space + name in refs)
+    if orders:
+        git(run.repo, "update-ref", "--stdin", stdin=orders.encode(), check=False)
+    for name in old:
         shutil.rmtree(run.records / name, ignore_errors=True)
-        if run.repo.common_dir:
-            git(run.repo, "update-ref", "-d", f"refs/agent-runner/{name}", check=False)
+    for file in sorted(run.records.glob("baseline/*.json"), key=os.path.getmtime)[:-RECORDS]:
+        file.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------- simulated agents
