@@ -1429,6 +1429,7 @@ def take_snapshot(repo: Repo) -> Snapshot:
     """Read refs, HEAD, configuration and hooks; the cost grows with their number, not with history."""
     if not (repo.git_dir and repo.common_dir):
         return Snapshot("", {}, {str(__file__): file_hash(Path(__file__))})
+    loose = list((repo.common_dir / "refs").rglob("*"))  # before the listing: a ref made meanwhile is no stray
     listing = git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(symref)")
     refs = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in listing.splitlines()}
     for remote in local_remotes(repo):
@@ -1448,7 +1449,7 @@ def take_snapshot(repo: Repo) -> Snapshot:
         home / ".config/git/attributes",
         Path(os.path.abspath(__file__)),
         # What Git ignores as broken, until it stumbles over it.
-        *(path for path in (repo.common_dir / "refs").rglob("*") if is_stray_ref(repo.common_dir, path, refs)),
+        *(path for path in loose if is_stray_ref(repo.common_dir, path, refs)),
     ]
     return Snapshot(head, refs, {str(path): file_hash(path) for path in paths})
 
