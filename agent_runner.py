@@ -771,13 +771,14 @@ def home_folder() -> Path:
     return home if home.is_absolute() else Path("/nonexistent")
 
 
-def copied_config(repo: Repo, folder: Path) -> dict[str, str]:
-    """What of the user's own Git configuration checkout, capture and signing need, as it is now."""
+def copied_config(repo: Repo, folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """What of the user's own Git configuration checkout, capture and signing need; the files that hold it all."""
     config: dict[str, str] = {}
     wanted = re.compile(r"core\.(autocrlf|eol|longpaths|bigfilethreshold)$|filter\.", re.IGNORECASE)
     signing = re.compile(r"(gpg\.|user\.signingkey$|commit\.gpgsign$)", re.IGNORECASE)
-    listing = git(repo, "config", "--list", "--show-scope", "-z").split("\0")
-    for scope, item in zip(listing[::2], listing[1::2], strict=False):
+    listing = git(repo, "config", "--list", "--show-scope", "--show-origin", "-z").split("\0")
+    files = {repo.top / origin[5:] for origin in listing[1::3] if origin.startswith("file:")}
+    for scope, item in zip(listing[::3], listing[2::3], strict=False):
         key, _, value = item.partition("\n")
         if signing.match(key) or (scope in ("system", "global") and wanted.match(key)):
             config[key] = value if "\n" in item else "true"
@@ -788,7 +789,7 @@ def copied_config(repo: Repo, folder: Path) -> dict[str, str]:
         with contextlib.suppress(OSError):
             copy.write_bytes((Path(named) if named else home / default).read_bytes())
         config[f"core.{key}"] = str(copy)
-    return config
+    return config, sorted(files)
 
 
 class PrivateGit:
@@ -796,9 +797,10 @@ class PrivateGit:
 
     def __init__(self, repo: Repo, folder: Path, config: dict[str, str] | None = None) -> None:
         self.repo, self.folder, self.dir = repo, folder, folder / "git"
+        self.users_files: list[Path] = []  # of configuration
         if config is None:
             folder.mkdir(exist_ok=True)
-            config = copied_config(repo, folder) if repo.common_dir else {}
+            config, self.users_files = copied_config(repo, folder) if repo.common_dir else ({}, [])
             init = ("init", "-q", "--bare", "--template=", f"--object-format={repo.object_format}")
             run_git((), *init, str(self.dir), env=own_git_env({}))
             self.borrow()
@@ -1321,12 +1323,17 @@ def child_env(run: Run, clone: Clone, tmp: Path) -> dict[str, str]:
     return env
 
 
-def other_checkouts(repo: Repo) -> list[Path]:
+def work_trees(repo: Repo) -> dict[Path, str]:
+    """The other work trees of the same repository, and the branch that each has checked out."""
+    listing = git(repo, "worktree", "list", "--porcelain") if repo.common_dir else ""
+    found = re.findall(r"^worktree (.+)\n(?:bare\n|HEAD .*\n(?:branch (.*)\n)?)", listing, re.MULTILINE)
+    return {Path(path): branch for path, branch in found if Path(path) != repo.top}
+
+
+def other_checkouts(run: Run) -> list[Path]:
     """Work trees and Git directories of the same repository, elsewhere than at its own path."""
-    listing = git(repo, "worktree", "list", "--porcelain", "-z") if repo.common_dir else ""
-    found = [Path(part[9:]) for part in listing.split("\0") if part.startswith("worktree ")]
-    found += [path for path in (repo.common_dir, repo.git_dir) if path]
-    return sorted({p for p in found if not p.is_relative_to(repo.top) and p.is_dir()})
+    found = {*run.work_trees, *(path for path in (run.repo.common_dir, run.repo.git_dir) if path)}
+    return sorted(p for p in found if not p.is_relative_to(run.repo.top) and p.is_dir())
 
 
 def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
@@ -1346,14 +1353,13 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
 
     mount("--bind", free)
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
-    mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *local_remotes(run.repo)))
+    mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *run.remotes))
     for path in (p.resolve() for p in stores if p.exists()):
         args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
-    for path in other_checkouts(run.repo):
-        if path.exists():
-            args.extend(("--tmpfs", path))
+    for path in other_checkouts(run):
+        args.extend(("--tmpfs", path))
     args.extend(("--tmpfs", run.folder.parent))
     mount("--ro-bind", (run.folder / "guard", run.record_brief))
     mount("--bind", [tmp])
@@ -1422,36 +1428,40 @@ class Snapshot(NamedTuple):
 
     head: str
     refs: dict[str, str]
-    files: dict[str, str]  # path -> hash of configuration, hooks, and the supervisor's own file
+    files: dict[str, str]  # path -> state of configuration, hooks, and the supervisor's own file
+    fault: str = ""  # Git's words, where the refs cannot be read
 
 
-def take_snapshot(repo: Repo) -> Snapshot:
+def take_snapshot(run: Run) -> Snapshot:
     """Read refs, HEAD, configuration and hooks; the cost grows with their number, not with history."""
+    repo, home, own = run.repo, home_folder(), Path(os.path.abspath(__file__))
     if not (repo.git_dir and repo.common_dir):
-        return Snapshot("", {}, {str(__file__): file_hash(Path(__file__))})
+        return Snapshot("", {}, {str(own): file_hash(own)})
+    refs, fault, head = {}, "", ""
     loose = list((repo.common_dir / "refs").rglob("*"))  # before the listing: a ref made meanwhile is no stray
-    listing = git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(symref)")
-    refs = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in listing.splitlines()}
-    for remote in local_remotes(repo):
-        for line in git(repo, "ls-remote", "--refs", str(remote), check=False).splitlines():
-            commit, _, ref = line.partition("\t")
-            refs[f"{remote}\t{ref}"] = commit
-    head = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
-    home = home_folder()
-    paths = [
-        *(repo.common_dir / n for n in ("config", "info/exclude", "info/attributes", "info/grafts", "shallow")),
-        *(repo.common_dir / n for n in ("objects/info/alternates", "packed-refs.lock", "info/sparse-checkout")),
-        *(repo.hooks.glob("*") if repo.hooks else ()),
-        repo.git_dir / "config.worktree",
-        home / ".gitconfig",
-        home / ".config/git/config",
-        home / ".config/git/ignore",
-        home / ".config/git/attributes",
-        Path(os.path.abspath(__file__)),
+    for place in (repo.top, *run.remotes):
+        try:
+            listing = git(repo._replace(top=place), "for-each-ref", "--format=%(refname) %(objectname) %(symref)")
+        except GitError as error:
+            listing, fault = "", str(error)
+        for line in listing.splitlines():
+            name, _, value = line.partition(" ")
+            refs[name if place == repo.top else f"{place}\t{name}"] = value.strip()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "git"
+    common = "config info/exclude info/attributes info/grafts info/sparse-checkout objects/info/alternates shallow"
+    paths = {
+        *(repo.common_dir / name for name in (*common.split(), "packed-refs.lock", "logs/refs/stash")),
+        *(path for path in (repo.hooks.glob("*") if repo.hooks else ()) if path.suffix != ".sample"),
+        *(repo.git_dir / name for name in ("config.worktree", "info/sparse-checkout")),
+        *(config / name for name in ("config", "ignore", "attributes")),
+        *(home / ".gitconfig", own, *run.private.users_files),
         # What Git ignores as broken, until it stumbles over it.
-        *(path for path in loose if is_stray_ref(repo.common_dir, path, refs)),
-    ]
-    return Snapshot(head, refs, {str(path): file_hash(path) for path in paths})
+        *(path for path in loose if not fault and is_stray_ref(repo.common_dir, path, refs)),
+    }
+    paths |= {path.resolve() for path in paths}
+    with contextlib.suppress(OSError):
+        head = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
+    return Snapshot(head, refs, {str(path): file_hash(path) for path in sorted(paths)}, fault)
 
 
 def is_stray_ref(common_dir: Path, path: Path, refs: dict[str, str]) -> bool:
@@ -1460,10 +1470,17 @@ def is_stray_ref(common_dir: Path, path: Path, refs: dict[str, str]) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
+    """Where a link leads, or a file's mode and the hash of its content; nothing where there is no file."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink():
+            return f"link {os.readlink(path)}"
+        return f"{path.stat().st_mode:o} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return ""
+
+
+def uncommitted_edits(repo: Repo) -> str:
+    """What the checkout of the user's holds that no commit does, as `git status` tells it."""
+    return git(repo, "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", check=False)
 
 
 class Moved(NamedTuple):
@@ -1475,18 +1492,19 @@ class Moved(NamedTuple):
 
 
 def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved]:
-    """What moved in the user's repository, each with the command that puts it back."""
-    moved, known = [], run.known | known_commits(run)
-    if before.head != after.head:
-        undo = (
-            f"git symbolic-ref HEAD {shlex.quote(before.head[5:])}"
-            if before.head.startswith("ref: ")
-            else (f"git update-ref --no-deref HEAD {before.head}")
-        )
-        theirs = after.refs.get(after.head[5:], "").strip() in known and after.head.startswith("ref: refs/heads/agent/")
-        moved.append(Moved(f"HEAD was {before.head}, is {after.head}", not run.bwrap and not theirs, undo))
-    elsewhere = set() if run.bwrap else branches_elsewhere(run)
-    for ref in sorted(before.refs.keys() | after.refs.keys()):
+    """What moved in the user's repository, each with the command that puts it back, in the order to use them."""
+    moved: list[tuple[int, Moved]] = []
+    known, elsewhere = run.known | known_commits(run), set(run.work_trees.values())
+    for path in sorted(before.files.keys() | after.files.keys()):
+        old = before.files.get(path, "")
+        if old != after.files.get(path, ""):
+            broken = not run.bwrap or old.startswith("link ")  # no mount protects a link
+            order = 4 if path.endswith("/stash") else 0  # moving the stash back writes to its log
+            change = "created" if not old else "changed" if after.files.get(path) else "deleted"
+            moved.append((order, Moved(f"{path} was {change}", broken, undo_file(run, path, old))))
+    if after.fault:
+        moved.append((5, Moved(f"the repository cannot be read: {after.fault}", not run.bwrap, "git fsck")))
+    for ref in sorted(before.refs.keys() | after.refs.keys()) if not after.fault else ():
         old, new = before.refs.get(ref, ""), after.refs.get(ref, "")
         if old == new:
             continue
@@ -1494,31 +1512,40 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
             ref.startswith("refs/remotes/")
             or ref in elsewhere
             or is_fetched_tag(run, ref, after)
-            or (ref.startswith(("refs/heads/agent/", "refs/agent-runner/")) and (new or old).split(" ")[0] in known)
+            or (ref.startswith("refs/agent-runner/") and (new or old) in known)
+            or (ref.startswith("refs/heads/agent/") and not old and new in known)
         )
-        place, _, name = ref.rpartition("\t")
-        command, quoted = f"git{f' -C {shlex.quote(place)}' if place else ''}", shlex.quote(name)
-        change = "created" if not old else "deleted" if not new else f"moved from {old[:10]}"
-        commit, _, target = old.partition(" ")
-        undo = f"{command} update-ref --no-deref {f'{quoted} {commit}' if old else f'-d {quoted}'}"
-        undo = f"{command} symbolic-ref {quoted} {shlex.quote(target)}" if target else undo
-        what = f"{name}{f' of {place}' if place else ''} was {change}"
-        moved.append(Moved(what, not run.bwrap and not theirs, undo))
-    for path in sorted(before.files.keys() | after.files.keys()):
-        if before.files.get(path, "") != after.files.get(path, ""):
-            saved = run.saved_files.get(path)
-            undo = f"cp -p {shlex.quote(str(saved))} {shlex.quote(path)}" if saved else f"rm {shlex.quote(path)}"
-            change = "changed" if path in before.files and path in after.files else "deleted" if saved else "created"
-            moved.append(Moved(f"{path} was {change}", not run.bwrap, undo))
-    return moved
+        what = " of ".join(reversed(ref.split("\t"))) + " was "
+        what += "created" if not old else "deleted" if not new else f"moved from {old[:10]}"
+        moved.append((1 if old else 3, Moved(what, not run.bwrap and not theirs, undo_ref(ref, old))))
+    if before.head != after.head:
+        theirs = after.refs.get(after.head[5:], "") in known and after.head.startswith("ref: refs/heads/agent/")
+        what = f"HEAD was {before.head}, is {after.head}"
+        moved.append((2, Moved(what, not run.bwrap and not theirs, undo_head(run, before, after))))
+    return [entry for _, entry in sorted(moved, key=lambda pair: pair[0])]
 
 
-def branches_elsewhere(run: Run) -> set[str]:
-    """Branches that another work tree of the same repository has checked out."""
-    blocks = git(run.repo, "worktree", "list", "--porcelain", "-z").split("\0\0")
-    here = f"worktree {run.repo.top}"
-    lines = [line for block in blocks if not block.startswith(here + "\0") for line in block.split("\0")]
-    return {line[7:] for line in lines if line.startswith("branch ")}
+def undo_file(run: Run, path: str, old: str) -> str:
+    name, saved = shlex.quote(path), run.saved_files.get(path)
+    if old.startswith("link "):
+        return f"ln -sfn {shlex.quote(old[5:])} {name}"
+    return f"rm -f {name} && cp -p {shlex.quote(str(saved))} {name}" if saved else f"rm -f {name}"
+
+
+def undo_ref(ref: str, old: str) -> str:
+    place, _, name = ref.rpartition("\t")
+    git_there, quoted = f"git -C {shlex.quote(place)}" if place else "git", shlex.quote(name)
+    commit, _, target = old.partition(" ")
+    if target:
+        return f"{git_there} symbolic-ref {quoted} {shlex.quote(target)}"
+    return f"{git_there} update-ref --no-deref {f'{quoted} {commit}' if old else f'-d {quoted}'}"
+
+
+def undo_head(run: Run, before: Snapshot, after: Snapshot) -> str:
+    if after.fault and run.repo.git_dir:
+        return f"echo {shlex.quote(before.head)} > {shlex.quote(str(run.repo.git_dir / 'HEAD'))}"
+    branch = before.head.removeprefix("ref: refs/heads/")
+    return f"git switch -q {shlex.quote(branch) if branch != before.head else f'--detach {before.head}'}"
 
 
 def is_fetched_tag(run: Run, ref: str, after: Snapshot) -> bool:
@@ -1558,7 +1585,10 @@ class Run:
         self.baseline: Verdict | None = None
         self.stop = threading.Event()
         self.judging = threading.Lock()
+        self.edits = ""  # in the user's checkout
         self.saved_files: dict[str, Path] = {}
+        self.remotes: list[Path] = []
+        self.work_trees: dict[Path, str] = {}
         self.mentions: list[str] = []
         self.moved: list[Moved] = []
         self.ground = Ground((), ())
@@ -1586,6 +1616,7 @@ class Run:
             self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
             self.lock = lock_folder(self.folder)
         self.private = PrivateGit(self.repo, self.folder)
+        self.remotes, self.work_trees = local_remotes(self.repo), work_trees(self.repo)
         self.git_guard = write_guard(self.folder / "guard", self.repo, kernel=bool(self.bwrap))
         become_subreaper()
 
@@ -2927,7 +2958,7 @@ def switch_to(run: Run, branch: str, change: Change) -> bool:
     if (now.head, now.head_ref) != (repo.head, repo.head_ref):
         run.mentions.append("HEAD was left where it is: it moved during the run.")
         return False
-    if git(repo, "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all").strip("\0"):
+    if run.edits:
         run.mentions.append("HEAD was left where it is: the checkout has uncommitted changes.")
         return False
     new = zsplit(
@@ -3600,7 +3631,7 @@ def self_heal(run: Run) -> Ending:
 
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
-    run.known, run.before = known_commits(run), take_snapshot(run.repo)
+    run.known, run.before = known_commits(run), take_snapshot(run)
     save_files(run, run.before)
     if run.repo.common_dir:
         with run.console.step("the workspace is made: a disposable clone of the base"):
@@ -3797,8 +3828,11 @@ def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
 
 def verify_rules(run: Run, ending: Ending) -> Ending:
     """Compare what P1 promises to leave alone with what it was; the ending that is true of it."""
-    run.moved = compare_snapshots(run, run.before, take_snapshot(run.repo)) if run.before else []
+    run.moved = compare_snapshots(run, run.before, take_snapshot(run)) if run.before else []
     run.mentions += [f"{m.what} during the run, not by the agent." for m in run.moved if not m.broken]
+    edits, run.edits = run.edits, uncommitted_edits(run.repo) if run.repo.common_dir else ""
+    if run.edits != edits:
+        run.mentions.append("your checkout was edited during the run; nothing of that is in this.")
     if any(m.broken for m in run.moved):
         what = "; ".join(m.what for m in run.moved if m.broken)
         ending = ending._replace(outcome="rule-broken", message=f"something of yours was changed: {what}")
@@ -3841,8 +3875,8 @@ def save_files(run: Run, before: Snapshot) -> None:
     """Copy what the verification watches into the record, so that each difference can be undone."""
     assert run.record is not None
     folder = run.record / "before"
-    for number, (name, digest) in enumerate(sorted(before.files.items())):
-        if digest and Path(name).stat().st_size < 1 << 20:
+    for number, (name, digest) in enumerate(before.files.items()):
+        if digest and not digest.startswith("link "):
             folder.mkdir(exist_ok=True)
             saved = folder / f"{number}-{Path(name).name}"
             shutil.copy2(name, saved)
@@ -4176,7 +4210,8 @@ def announce(run: Run) -> None:
         say(f"  base: {run.base[:12]} ({run.settings.base or on}{planted})")
         if run.base != repo.head and not run.settings.base and run.settings.command == "issue-to-pr":
             say("  note: HEAD is on an unmerged proposal, so this run starts where that one started")
-        if git(repo, "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all"):
+        run.edits = uncommitted_edits(repo)
+        if run.edits:
             say("  note: the checkout has uncommitted edits; the base is the commit, not the edits")
     else:
         say("  note: this folder is no Git repository: the agent works in it, and there will be no branch")

@@ -1,0 +1,447 @@
+"""The guard: what an agent tries that is not its business, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from conftest import CHEAP_GATE, LEVELS, Repository, Result, isolate, small_app
+
+RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
+REFUSED = f"agent_runner: branches, tags and stashes of this repository are not changed during a run. {RULE}"
+PYTHON = f"{shlex.quote(sys.executable)} -S"
+QUIET = ("--gate", CHEAP_GATE, "--no-baseline", "--no-switch", "--json")
+
+# What every agent here starts with: it notes what it tried and what came of it, and tells in a file of its work.
+PRELUDE = """\
+import json, os, pathlib, subprocess, sys
+
+REAL, attempts = sys.argv[1], {}
+told = {"tried": attempts}
+HOME = os.path.expanduser("~")
+
+
+def tried(name, *words, cwd=None, **env):
+    done = subprocess.run(
+        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cwd, env=os.environ | env, errors="replace"
+    )
+    attempts[name] = [done.returncode, done.stderr + done.stdout]
+
+
+def git(name, *words, **more):
+    tried(name, "git", "-c", "user.name=A", "-c", "user.email=a@example.invalid", *words, **more)
+
+
+def real(name, *words):
+    git(name, "-C", REAL, *words)
+
+
+def forced(*words):
+    plain = ("env", "-i", "PATH=" + os.environ["PATH"], "git", "-c", "core.hooksPath=/dev/null")
+    tried(" ".join(words), *plain, "-c", "user.name=A", "-c", "user.email=a@example.invalid", "-C", REAL, *words)
+
+
+def write(path, text):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(path).write_text(text)
+
+
+def tell():
+    pathlib.Path("told.json").write_text(json.dumps(told))
+
+
+"""
+
+
+class Told(NamedTuple):
+    """One run and what its agent told of it."""
+
+    result: Result
+    by_agent: dict[str, Any]
+    repo: Repository
+    home: Path
+    before: dict[str, str]
+
+    @property
+    def tried(self) -> dict[str, tuple[int, str]]:
+        """Each command that the agent tried: its exit status and all its output."""
+        return {name: (status, said) for name, (status, said) in self.by_agent["tried"].items()}
+
+
+def act(repo: Repository, code: str, *words: str, env: dict[str, str] | None = None, cwd: str = "") -> Result:
+    """Run an agent of a few lines on the repository."""
+    script = repo.path.parent / "agent.py"
+    script.write_text(PRELUDE + code + "\ntell()\n", encoding="utf-8")
+    command = f"{PYTHON} {shlex.quote(str(script))} {shlex.quote(str(repo.path))}"
+    return repo.run("issue-to-pr", str(repo.path / "issue.md"), *QUIET, *words, agent=command, cwd=cwd, env=env)
+
+
+def told_by(repo: Repository, result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(repo.git("show", f"{result.report['commit']}:told.json"))
+    return found
+
+
+# ----------------------------------------------------------------- an agent that does what it should not, unknowing
+
+TOKENS = (
+    "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITLAB_ACCESS_TOKEN", "GITEA_TOKEN",
+    "FORGEJO_TOKEN", "CI_JOB_TOKEN", "ACTIONS_RUNTIME_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "GITHUB_ENV",
+    "GITHUB_OUTPUT", "SSH_AUTH_SOCK", "SUDO_ASKPASS", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_CONFIG_PARAMETERS", "GIT_CEILING_DIRECTORIES", "CLAUDECODE",
+    "CLAUDE_CODE_ENTRYPOINT", "CODEX_SANDBOX", "AGENT_RUNNER_NESTED",
+)  # fmt: skip
+KEPT = ("GITLAB_TOKEN", "EDITOR_OF_MINE")  # one given back by --keep-env, one that nobody withholds
+SEEN = "{k: 'given back' if k == 'GITLAB_TOKEN' else v for k, v in os.environ.items()}"  # a token never travels
+DUMP = f"import json, os, sys; text = json.dumps({SEEN}); print('ENVIRON', text)\n"
+
+CONFUSED = (
+    f"told['environ'] = {SEEN}"
+    + """
+told["setup"] = json.loads(pathlib.Path("setup.json").read_text())
+told["cwd"] = os.getcwd()
+try:
+    open("/dev/tty").close()
+    told["tty"] = "opened"
+except OSError as error:
+    told["tty"] = str(error)
+write(os.environ["TMPDIR"] + "/mine", "x")
+told["mine there"] = os.path.exists("/proc/self") and os.listdir(os.environ["TMPDIR"])
+
+for name in ("gh", "glab", "tea"):
+    tried(name, name, "pr", "create")
+tried("credential", "git", "credential", "fill", GIT_TRACE="0")
+git("ssh", "ls-remote", "ssh://git@forge.invalid/ada/app.git")
+
+for words in json.loads(sys.argv[2]):
+    real("real: " + " ".join(words), *words)
+for words in json.loads(sys.argv[3]):
+    git("beside: " + " ".join(words), "-C", sys.argv[4], *words)
+for where, words in json.loads(sys.argv[5]):
+    git(f"push from {where}: " + " ".join(words), "-C", where, "push", *words)
+
+git("commit here", "commit", "-q", "--allow-empty", "-m", "mine")
+git("branch here", "switch", "-q", "-c", "mine-here")
+git("tag here", "tag", "mine-here")
+write("calc.py", "changed")
+git("stash here", "stash")
+other = os.environ["TMPDIR"] + "/other"
+git("init elsewhere", "init", "-q", "-b", "main", other)
+for hook in ("pre-commit", "reference-transaction"):
+    write(f"{other}/.git/hooks/{hook}", "#!/bin/sh\\ntouch $PWD/{hook}-ran\\n".replace("{hook}", hook))
+    os.chmod(f"{other}/.git/hooks/{hook}", 0o755)
+git("commit elsewhere", "-C", other, "commit", "-q", "--allow-empty", "-m", "theirs")
+git("branch elsewhere", "-C", other, "branch", "-f", "more")
+told["hooks elsewhere"] = sorted(name for name in os.listdir(other) if name.endswith("-ran"))
+git("clone elsewhere", "clone", "-q", other, other + "-clone")
+git("push elsewhere", "-C", other + "-clone", "push", "-q", "origin", "HEAD:refs/heads/pushed")
+git("clone the workspace", "clone", "-q", ".", other + "-of-ours")
+"""
+)
+IN_REAL = [
+    "commit -q --allow-empty -m mine",
+    "branch mine",
+    "branch -f side",
+    "branch -D side",
+    "tag mine",
+    "tag -d v1",
+    "stash store HEAD",
+    "update-ref refs/heads/main HEAD~1",
+    "update-ref refs/notes/mine HEAD",
+    "merge -q side",
+    "switch -c mine",
+    "fetch -q . HEAD:refs/heads/mine",
+    "reset -q --hard side",
+]
+BESIDE = ["commit -q --allow-empty -m mine", "branch mine", "tag mine", "branch -f side"]
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def confused(request: pytest.FixtureRequest) -> Iterator[Told]:
+    """What an agent is told that takes the real repository for its own, at each level of the guard."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        place = Path(folder).resolve()
+        home = place / "home"
+        isolate(patch, home)
+        repo, remote = busy_repository(place)
+        (home / ".gitconfig").write_text(f"[credential]\n\thelper = !touch {home}/asked; echo password=x\n")
+        dump, setup = place / "dump.py", place / "setup.py"
+        dump.write_text(DUMP)
+        setup.write_text(DUMP + "open('setup.json', 'w').write(text)\n")
+        here = str(repo.path)
+        pushes = [
+            (here, ["origin", "HEAD:evil"]),
+            (here, ["--force", "--no-verify", "origin", "main"]),
+            (here, ["web", "main"]),
+            *((where, [address, "HEAD:evil"]) for address in remote_spellings(remote) for where in (here, ".")),
+            *((".", ["-q", "--force", address, "HEAD:refs/heads/evil"]) for address in (here, f"file://{here}")),
+        ]
+        words = [[command.split() for command in IN_REAL], [command.split() for command in BESIDE]]
+        script = place / "agent.py"
+        script.write_text(PRELUDE + CONFUSED + "\ntell()\n", encoding="utf-8")
+        arguments = [here, *map(json.dumps, words), str(place / "beside"), json.dumps(pushes)]
+        before = repo.state()
+        result = repo.run(
+            *("issue-to-pr", "issue.md", "--no-switch", "--json", "--sandbox", request.param),
+            *("--gate", f"{PYTHON} {dump}", "--setup", f"{PYTHON} {setup}", "--keep-env", "GITLAB_TOKEN"),
+            agent=f"{PYTHON} {script} {shlex.join(arguments)}",
+            env={name: f"value of {name}" for name in (*TOKENS, *KEPT)},
+        )
+        assert result.status == 0, result.err + result.out
+        yield Told(result, told_by(repo, result), repo, home, before)
+
+
+def busy_repository(place: Path) -> tuple[Repository, Path]:
+    """A repository with all that a run must leave alone: branches, tag, stash, remotes, a linked work tree.
+
+    Its path holds characters that are special to patterns.
+    """
+    repo, remote = small_app(place / "an [app] of *"), place / "remote.git"
+    repo.git("switch", "-q", "-c", "side")
+    repo.write("side.py", "SIDE = 1\n")
+    repo.commit("beside")
+    repo.git("switch", "-q", "main")
+    repo.git("commit", "-q", "--allow-empty", "-m", "more")
+    repo.git("tag", "v1")
+    for text in ("one", "two"):
+        repo.write("calc.py", text)
+        repo.git("stash")
+    repo.git("worktree", "add", "-q", str(place / "beside"), "-b", "beside")
+    subprocess.run(["git", "init", "-q", "--bare", str(remote)], check=True)
+    repo.git("push", "-q", str(remote), "main")
+    repo.git("remote", "add", "origin", str(remote))
+    repo.git("remote", "add", "web", "https://forge.invalid/ada/app.git")
+    repo.git("config", "remote.web.pushurl", f"file://{remote}")
+    return repo, remote
+
+
+def remote_spellings(remote: Path) -> list[str]:
+    return [str(remote), f"file://{remote}", f"{remote}/"]
+
+
+def has_kernel(told: Told) -> bool:
+    return "refused by the kernel" in told.result.report["guard"]
+
+
+def of_gate(told: Told) -> dict[str, str]:
+    log = next(Path(told.result.report["record"]).glob("gate-1-python*.log")).read_text(encoding="utf-8")
+    found: dict[str, str] = json.loads(log.partition("ENVIRON ")[2])
+    return found
+
+
+def environments(told: Told) -> dict[str, dict[str, str]]:
+    return {"agent": told.by_agent["environ"], "setup": told.by_agent["setup"], "gate": of_gate(told)}
+
+
+def test_forge_logins_and_inherited_git_settings_are_withheld_from_agent_setup_and_gate(confused: Told) -> None:
+    for who, environ in environments(confused).items():
+        leaked = [name for name in TOKENS if f"value of {name}" in environ.get(name, "")]
+        assert not leaked, f"{who}: {leaked}"
+
+
+def test_keep_env_gives_one_variable_back_and_others_were_never_taken(confused: Told) -> None:
+    for environ in environments(confused).values():
+        assert environ["EDITOR_OF_MINE"] == "value of EDITOR_OF_MINE"
+        assert environ["GITLAB_TOKEN"] == "given back"
+        assert environ["HOME"] == str(confused.home)
+
+
+def test_agent_and_gate_have_temporary_folders_of_their_own_that_go_with_the_run(confused: Told) -> None:
+    places = {who: environ["TMPDIR"] for who, environ in environments(confused).items()}
+    assert places["agent"] != places["gate"]
+    assert "mine" in confused.by_agent["mine there"]
+    assert not any(os.path.exists(place) for place in places.values())
+    assert not [path for path in (confused.home / ".cache" / "agent-runner").iterdir() if path.is_dir()]
+
+
+def test_forge_tools_say_the_rule(confused: Told) -> None:
+    for name in ("gh", "glab", "tea"):
+        status, said = confused.tried[name]
+        assert status != 0 and f"{name} is withheld during a run. {RULE}" in said
+
+
+def test_credential_helpers_do_not_run_and_ssh_answers_no(confused: Told) -> None:
+    status, said = confused.tried["ssh"]
+    assert status != 0 and RULE in said
+    subprocess.run(["git", "credential", "fill"], input=b"", env=os.environ | {"HOME": str(confused.home)})
+    assert not (confused.home / "asked").exists()
+
+
+def test_git_works_as_ever_in_the_workspace_and_in_other_repositories(confused: Told) -> None:
+    own = {name: told for name, told in confused.tried.items() if name.endswith((" here", " elsewhere", "workspace"))}
+    assert len(own) == 10
+    assert not {name: told for name, told in own.items() if told[0] != 0}
+    assert confused.by_agent["hooks elsewhere"] == ["pre-commit-ran", "reference-transaction-ran"]
+
+
+@pytest.mark.parametrize("command", IN_REAL)
+def test_git_changes_no_ref_of_the_real_repository(confused: Told, command: str) -> None:
+    status, said = confused.tried[f"real: {command}"]
+    assert has_kernel(confused) or (status != 0 and REFUSED in said)
+
+
+@pytest.mark.parametrize("command", BESIDE)
+def test_git_changes_no_ref_in_a_linked_work_tree(confused: Told, command: str) -> None:
+    status, said = confused.tried[f"beside: {command}"]
+    assert status != 0
+    assert has_kernel(confused) or REFUSED in said
+
+
+def test_nothing_can_be_pushed_to_the_remotes_or_into_the_real_repository(confused: Told) -> None:
+    pushed = {name: status for name, (status, _) in confused.tried.items() if name.startswith("push from ")}
+    assert len(pushed) == 11
+    into_real = [name for name in pushed if name.endswith("refs/heads/evil")]  # with the kernel level, the clone
+    assert not [name for name in pushed if pushed[name] == 0 and not (has_kernel(confused) and name in into_real)]
+
+
+def test_refs_configuration_and_remotes_are_as_they_were_after_all_that(confused: Told) -> None:
+    state = confused.repo.state()
+    proposal = confused.repo.git("rev-parse", "agent/issue")
+    state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
+    moved = {name for name in state.keys() | confused.before.keys() if state.get(name) != confused.before.get(name)}
+    assert not moved or not has_kernel(confused)
+    assert not [name for name in moved if name in ("refs", "HEAD", "stash") or name.startswith(".git/")]
+    remote = Repository(confused.repo.path.parent / "remote.git")
+    assert remote.git("show-ref").split() == [confused.repo.git("rev-parse", "main"), "refs/heads/main"]
+    assert not [moved for moved in confused.result.report["moved"] if moved["broken"]]
+
+
+def test_edits_in_the_checkout_are_mentioned_where_they_were_possible(confused: Told) -> None:
+    mentioned = "your checkout was edited" in " ".join(confused.result.report["mentions"])
+    assert mentioned is not has_kernel(confused)  # Git resets files before it asks to move the branch
+
+
+# ------------------------------------------------------------- an agent that goes round Git, without the kernel level
+
+# What it does, and what the run must name. Each runs in an environment of its own, hooks off, or writes by hand.
+TAMPERING = {
+    "refs": (
+        """
+forced("commit", "-q", "--allow-empty", "-m", "mine")
+forced("tag", "mine")
+forced("tag", "-d", "v1")
+forced("branch", "-f", "side", "main")
+forced("branch", "-D", "spare")
+forced("update-ref", "refs/notes/mine", "HEAD")
+""",
+        [
+            "main was moved",
+            "tags/mine was created",
+            "v1 was deleted",
+            "side was moved",
+            "spare was deleted",
+            "notes/mine",
+        ],
+    ),
+    "refs written by hand": (
+        """
+side = pathlib.Path(REAL, ".git/refs/heads/side").read_text()
+write(REAL + "/.git/refs/heads/main", side)
+write(REAL + "/.git/refs/heads/mine", side)
+write(REAL + "/.git/refs/heads/side", "ref: refs/heads/spare\\n")
+write(REAL + "/.git/refs/tags/v1", "no commit\\n")
+""",
+        ["heads/main", "heads/mine was created", "heads/side", "tags/v1"],
+    ),
+    "packed refs": (
+        """
+side = pathlib.Path(REAL, ".git/refs/heads/side").read_text()
+forced("pack-refs", "--all")
+packed = pathlib.Path(REAL, ".git/packed-refs")
+packed.write_text(packed.read_text() + side.strip() + " refs/tags/zzz\\n")
+""",
+        ["refs/tags/zzz was created"],
+    ),
+    "a stash stored": ('forced("stash", "store", "HEAD")', ["refs/stash"]),
+    "a stash dropped": ('forced("stash", "drop")', ["refs/stash"]),
+    "an older stash dropped": ('forced("stash", "drop", "stash@{1}")', ["stash"]),
+    "all stashes dropped": ('forced("stash", "clear")', ["refs/stash was deleted"]),
+    "HEAD switched": ('forced("checkout", "-q", "side")', ["HEAD"]),
+    "HEAD switched to a new branch": ('forced("checkout", "-q", "-b", "mine", "side")', ["HEAD", "mine was created"]),
+    "HEAD detached": ('forced("checkout", "-q", "--detach", "side")', ["HEAD"]),
+    "HEAD written by hand": ('write(REAL + "/.git/HEAD", "ref: refs/heads/none\\n")', ["HEAD"]),
+    "HEAD and configuration made unreadable": (
+        'write(REAL + "/.git/HEAD", "nothing\\n"); write(REAL + "/.git/config", "[[[")',
+        ["HEAD", "config"],
+    ),
+    "configuration": (
+        """
+forced("config", "remote.origin.url", "https://elsewhere.invalid/x.git")
+write(REAL + "/.git/info/exclude", "*.py\\n")
+write(REAL + "/.git/info/attributes", "* filter=mine\\n")
+""",
+        ["/config", "info/exclude", "info/attributes"],
+    ),
+    "hooks": (
+        """
+hooks = pathlib.Path(REAL, ".git/hooks")
+write(hooks / "post-checkout", "#!/bin/sh\\n")
+write(hooks / "pre-commit", "#!/bin/sh\\nexit 0\\n")
+(hooks / "pre-push").unlink()
+(hooks / "commit-msg").chmod(0o644)
+(hooks / "pre-rebase").unlink()
+(hooks / "pre-rebase").symlink_to(HOME + "/mine")
+""",
+        ["post-checkout", "pre-commit", "pre-push", "commit-msg", "pre-rebase"],
+    ),
+    "the user's Git configuration": (
+        'write(HOME + "/.gitconfig", "[core]"); write(HOME + "/.config/git/config", "[core]")',
+        [".gitconfig", "git/config"],
+    ),
+    "configuration that the user's includes": ('write(HOME + "/included", "[core]")', ["included"]),
+    "a remote on this machine, its address spelled otherwise": (
+        'forced("push", "-q", os.path.dirname(REAL) + "/./remote.git", "main:refs/heads/mine")',
+        ["mine of"],
+    ),
+    "a branch hidden in a work tree of its own": (
+        'forced("worktree", "add", "-q", "-b", "mine", HOME + "/mine", "side")',
+        ["mine was created"],
+    ),
+}
+
+
+@pytest.fixture
+def busy(tmp_path: Path, hermetic: Path) -> Repository:
+    """A repository with branches, tags, stashes, hooks and remotes, and a user with a configuration."""
+    repo, _ = busy_repository(tmp_path)
+    repo.git("branch", "spare", "side")
+    for hook in ("pre-commit", "pre-push", "commit-msg", "pre-rebase"):
+        repo.write(f".git/hooks/{hook}", "#!/bin/sh\n", mode=0o755)
+    (hermetic / "included").write_text("[core]\n\tabbrev = 12\n")
+    (hermetic / ".gitconfig").write_text(f"[include]\n\tpath = {hermetic}/included\n")
+    return repo
+
+
+def state_of(repo: Repository) -> dict[str, Any]:
+    """The repository, its remote and the user's configuration, hooks with their modes."""
+    hooks = {file.name: (file.lstat().st_mode, file.is_symlink()) for file in (repo.path / ".git/hooks").iterdir()}
+    remote = Repository(repo.path.parent / "remote.git").git("show-ref")
+    home = {file.name: file.read_bytes() for file in Path.home().glob("*") if file.is_file()}
+    config = (Path.home() / ".config/git/config").exists()
+    return repo.state() | {"hooks": hooks, "remote": remote, "home": home, "config": config}
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_without_the_kernel_level_tampering_is_named_and_undone_by_the_printed_commands(
+    busy: Repository, name: str
+) -> None:
+    code, names = TAMPERING[name]
+    before = state_of(busy)
+    result = act(busy, code, "--sandbox", "off")
+    assert (result.status, result.report["outcome"]) == (5, "rule-broken"), result.err
+    broken = [moved for moved in result.report["moved"] if moved["broken"]]
+    assert [part for part in names if not any(part in moved["what"] for moved in broken)] == []
+    assert all(moved["what"] in result.err and moved["undo"] in result.err for moved in broken)
+    for moved in broken:
+        subprocess.run(["sh", "-c", moved["undo"]], cwd=busy.path, check=True)
+    if name != "a branch hidden in a work tree of its own":
+        assert state_of(busy) == before
+    assert "agent/" not in busy.git("branch", "--all")
