@@ -1160,30 +1160,37 @@ def interpreter_of(program: Path) -> Path | None:
 
 PROBE = """
 import importlib.util, json, os, sys
-top, names = json.load(sys.stdin)
-top = os.path.realpath(top)
-inside = lambda path: (os.path.realpath(path) + os.sep).startswith(top + os.sep)
+tops, names = json.load(sys.stdin)
+under = lambda path, top: (os.path.realpath(path) + os.sep).startswith(os.path.realpath(top) + os.sep)
+tops = sorted(tops, key=len, reverse=True)
+own = [p for p in {sys.prefix, sys.exec_prefix} if any(under(p, top) for top in tops)]
+
+def root(path):  # the folder that the path is imported from, relative to the checkout that holds it
+    top = next((top for top in tops if under(path, top)), None)
+    if top and not any(under(path, prefix) for prefix in own):
+        return os.path.relpath(os.path.dirname(os.path.realpath(path)), os.path.realpath(top))
+
 found = {}
 for name in names:
     try:
         spec = importlib.util.find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin])
-        found[name] = [os.path.dirname(os.path.realpath(p)) for p in places if p and inside(p)]
+        roots = [root(place) for place in spec.submodule_search_locations or [spec.origin] if place]
+        found[name] = [place for place in roots if place]
     except Exception:
         pass
-found = {name: places for name, places in found.items() if places}
-print(json.dumps([found, [p for p in sys.path if p and not inside(p)], [sys.prefix, sys.base_prefix]]))
+found = {name: roots for name, roots in found.items() if roots}
+print(json.dumps([found, [p for p in sys.path if p and not root(p)], [sys.prefix, sys.base_prefix]]))
 """
 
 
-def ask_interpreter(python: Path, run: Run, names: list[str], path: str | None) -> list[Any] | None:
-    """Which of the repository's packages this interpreter finds in the user's checkout, and where."""
+def ask_interpreter(python: Path, run: Run, asked: list[Any], path: str | None) -> list[Any] | None:
+    """Which packages of the repository this interpreter finds in the user's checkouts, and where in them."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not is_withheld(k, ())}
     if path is not None:
         env["PYTHONPATH"] = path
-    asked = json.dumps([str(run.repo.top), names]).encode()
+    told = json.dumps(asked).encode()
     with contextlib.suppress(OSError, ValueError):
-        _, out, _ = call([python, "-c", PROBE], cwd=run.folder / "guard", env=env, stdin=asked, limit=60)
+        _, out, _ = call([python, "-c", PROBE], cwd=run.folder / "guard", env=env, stdin=told, limit=60)
         answer: list[Any] = json.loads(out)
         return answer
     return None
@@ -1207,8 +1214,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
         for path in (find_program(words[0], run.start), *map(Path, () if pytest_word(words) else words[1:])):
             if path and path.is_absolute() and is_untracked_file(path, run):
                 borrowed.add(mount_unit(path, top))
-    python = next((p for words in commands[1:] if (p := find_program(words[0], run.start)) and is_python(p)), None)
-    interpreter = (interpreter_of(python) if python else None) or Path(sys.executable)
+    interpreter = find_interpreter(run, commands[1:])
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
     folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != home_folder() / ".local"}
@@ -1217,27 +1223,43 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     folders |= {entry for entry in searched if entry.is_absolute() and not entry.is_relative_to(top)}
     folders.add(Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib")
     ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
-    return ground if run.bwrap or not run.repo.common_dir else survey_imports(run, interpreter, ground)
+    return survey_imports(run, interpreter, ground) if run.repo.common_dir else ground
 
 
-def is_python(program: Path) -> bool:
-    return interpreter_of(program) is not None
+def find_interpreter(run: Run, commands: Iterable[Sequence[str]]) -> Path:
+    """The Python that these commands run in: one that they name, also in a shell's line, or the one on PATH."""
+    for word in (*(word for words in commands for word in with_inner_words(words)), "python3", "python"):
+        if (program := find_program(word, run.start)) and (python := interpreter_of(program)):
+            return python
+    return Path(sys.executable)
+
+
+def with_inner_words(words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        yield word
+        if " " in word:
+            with contextlib.suppress(ValueError):
+                yield from shlex.shlex(word, posix=True, punctuation_chars=True)
 
 
 def survey_imports(run: Run, interpreter: Path, ground: Ground) -> Ground:
-    """Without the kernel level: the folders whose counterpart in a clone must come first on PYTHONPATH."""
-    top, names = Path(os.path.realpath(run.repo.top)), package_names(run)
-    answer = ask_interpreter(interpreter, run, names, os.environ.get("PYTHONPATH"))
+    """The folders whose counterpart in a clone must come first on PYTHONPATH, lest a checkout's are imported.
+
+    Under the kernel level the clone lies over the user's checkout, and only other work trees are in question.
+    """
+    checkouts = [str(path) for path in (*(() if run.bwrap else (run.repo.top,)), *other_checkouts(run))]
+    asked = [checkouts, package_names(run)]
+    answer = ask_interpreter(interpreter, run, asked, os.environ.get("PYTHONPATH")) if checkouts else None
     if answer is None:
         return ground
     found, search, prefixes = answer
-    roots = {Path(place).relative_to(top).as_posix() for places in found.values() for place in places}
-    roots = {root for root in roots if not shadows_standard_library(top / root)}
+    roots = {Path(root).as_posix() for places in found.values() for root in places}
+    roots = {root for root in roots if not shadows_standard_library(run.repo.top / root)}
     ground = ground._replace(
         folders=(*ground.folders, *map(Path, prefixes)), roots=tuple(sorted(roots)), search=tuple(map(Path, search))
     )
     if found and run.workspace:
-        answer = ask_interpreter(interpreter, run, names, python_path(run, ground, run.workspace))
+        answer = ask_interpreter(interpreter, run, asked, python_path(run, ground, run.workspace))
         ground = ground._replace(unfaithful=tuple(sorted(answer[0] if answer else found)))
     return ground
 
@@ -1245,11 +1267,9 @@ def survey_imports(run: Run, interpreter: Path, ground: Ground) -> Ground:
 def python_path(run: Run, ground: Ground, clone: Clone) -> str:
     """PYTHONPATH for a clone: counterparts of what is imported from the checkout, then the user's own."""
     own = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if not run.bwrap:
-        top, clone_top = str(run.repo.top), str(clone.path)
-        own = [clone_top + e[len(top) :] if (e + os.sep).startswith(top + os.sep) else e for e in own]
-        own = [str(clone.path / root) for root in ground.roots] + own
-    return os.pathsep.join(own)
+    top, seen = str(run.repo.top), str(clone.seen)
+    own = [seen + entry[len(top) :] if (entry + os.sep).startswith(top + os.sep) else entry for entry in own]
+    return os.pathsep.join([*(str(clone.seen / root) for root in ground.roots), *own])
 
 
 def shadows_standard_library(folder: Path) -> bool:
@@ -1358,8 +1378,10 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
         args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
-    for path in other_checkouts(run):
+    others = other_checkouts(run)
+    for path in others:
         args.extend(("--tmpfs", path))
+    mount("--ro-bind", (f for f in run.ground.folders if any(path in f.parents for path in others)))
     args.extend(("--tmpfs", run.folder.parent))
     mount("--ro-bind", (run.folder / "guard", run.record_brief))
     mount("--bind", [tmp])
@@ -1973,14 +1995,15 @@ def read_issue(name: str, stdin: Any = None) -> Issue:
     text, hidden = clean_issue(as_text(data, what))
     if not text.strip():
         raise Refusal(f"{what} is empty; write down what is to be done.")
-    told = re.match(r"title:[ \t]*(.+)\n(?:[a-z]+:.*\n)*(?:number:[ \t]*(\d+)\n)?", text)  # gh and glab issue view
+    told = re.match(r"title:[ \t]*(.+)\n(?:[a-z]+:.*\n)+--\n", text)  # as gh and glab print an issue
     heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(\S.*)", text, re.MULTILINE)
     first = (heading[1] if heading else text.strip().split("\n")[0]).rstrip()
     bare = first.rstrip("#")  # a heading may be closed: # Title #
     title = one_line(bare if bare.endswith((" ", "\t")) else first, 120)
     address = re.search(r"https?://[\w.-]+(?::\d+)?/[\w./-]+/issues/\d+", text)
-    number = re.search(r"#(\d+)\b", title) or re.match(r"title:(?:.*\n)+?number:[ \t]*(\d+)\n", text)
-    reference = address[0] if address else f"#{number[1]}" if number else ""
+    own = re.compile(r"(?:issue )?#(\d+)\b|.*\(#(\d+)\)$|(?s:.*)^number:[ \t]*(\d+)$", re.IGNORECASE | re.MULTILINE)
+    number = own.match(title) or own.match(told[0] if told else "")
+    reference = address[0] if address else f"#{number[number.lastindex or 0]}" if number else ""
     return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden, reference)
 
 
@@ -4242,7 +4265,8 @@ def supervise(run: Run, signals: Signals) -> Ending:
     except Interrupted as signal_seen:
         ending = interrupted(signal_seen, change=salvage(run))
     except (Refusal, OSError) as error:
-        ending = Ending("refused", reason_of(error), change=salvage(run))
+        signals.shielded = True
+        ending = Ending("refused", reason_of(error, run), change=salvage(run))
     signals.shielded = True  # a proposal is made whole, or not at all
     try:
         ending = verify_rules(run, ending)
@@ -4250,7 +4274,7 @@ def supervise(run: Run, signals: Signals) -> Ending:
     except (Refusal, OSError) as error:
         run.keep_folder = bool(run.attempts)
         later = "; the next run in this repository keeps the agent's work" if run.attempts else ""
-        message = reason_of(error) + later
+        message = reason_of(error, run) + later
         if ending.outcome == "rule-broken":
             return ending._replace(message=f"{ending.message}; {message}")
         return ending._replace(outcome="refused", exit_code=None, message=message)
@@ -4260,13 +4284,17 @@ def interrupted(signal_seen: Interrupted, change: Change | None = None) -> Endin
     return Ending("interrupted", "ended by a signal", exit_code=128 + int(signal_seen.args[0]), change=change)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: Exception, run: Run) -> str:
     """The sentence for something that the user can mend; a fault of our own is raised again."""
     if isinstance(error, OSError):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE):
             raise error
         return f"{error.strerror}: {error.filename or 'a file of the run'}; make room or give access, and run again"
-    return str(error)
+    text, places = str(error), [run.repo.common_dir, run.folder if run.lock else None]
+    for place in places if isinstance(error, GitError) else ():  # Git does not always give the cause
+        if place and (free := shutil.disk_usage(place).free) < 1 << 24:
+            text += f"; only {size_text(free)} are free on the disk of {place}"
+    return text
 
 
 def salvage(run: Run) -> Change | None:
@@ -4293,10 +4321,11 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
     if run.record and ending.outcome == "refused" and not run.attempts:
         shutil.rmtree(run.record, ignore_errors=True)
         run.record = None
+    text = well_formed(pr_text(run, ending), run.console.mask)
     if run.record:
         if ending.change:
             run.note("change.patch", patch_of(run.private, ending.change))
-        run.note("pr.md", pr_text(run, ending))
+        run.note("pr.md", text)
     steps = next_steps(run, ending)
     report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
     if run.record:
@@ -4304,8 +4333,8 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
         prune(run)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if run.console.in_runner and summary and ending.outcome:
-        with contextlib.suppress(OSError), open(summary, "a", encoding="utf-8", errors="backslashreplace") as page:
-            page.write(run.console.mask(pr_text(run, ending)))
+        with contextlib.suppress(OSError), open(summary, "a", encoding="utf-8") as page:
+            page.write(text)
     for line in ending_lines(run, ending, steps) if ending.outcome else ():
         run.console.say(line, style="1" if line.startswith(ending.outcome.upper()) else "")
     return report
@@ -4352,7 +4381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = Run(settings, find_repo(Path()), console)
             ending = supervise(run, signals)
         except (Refusal, OSError) as error:
-            ending = Ending("refused", reason_of(error))
+            ending = Ending("refused", reason_of(error, run))
         except Interrupted as signal_seen:
             ending = interrupted(signal_seen)
         signals.shielded = True
