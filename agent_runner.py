@@ -1273,8 +1273,10 @@ def python_path(run: Run, ground: Ground, clone: Clone) -> str:
 
 
 def shadows_standard_library(folder: Path) -> bool:
+    """Would Python take something in this folder for a module of its standard library?"""
     with contextlib.suppress(OSError):
-        return any(name.split(".")[0] in sys.stdlib_module_names for name in os.listdir(folder))
+        names = [name for name in os.listdir(folder) if name.split(".")[0] in sys.stdlib_module_names]
+        return any(name.endswith((".py", ".pyc", ".so")) or (folder / name / "__init__.py").exists() for name in names)
     return False
 
 
