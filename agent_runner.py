@@ -1377,7 +1377,7 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
     mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *run.remotes))
     for path in (p.resolve() for p in stores if p.exists()):
-        args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", os.devnull, path))
+        args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", run.folder / "guard" / "nothing", path))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
     others = other_checkouts(run)
@@ -3359,7 +3359,8 @@ def telling_lines(output: str) -> str:
 def prune(run: Run) -> None:
     """Keep the last records with their refs, and the last baselines; drop what is older."""
     space = "refs/agent-runner/"
-    refs = git(run.repo, "for-each-ref", "--format=%(refname)", space).split() if run.repo.common_dir else []
+    ask = ("for-each-ref", "--format=%(refname)", space)
+    refs = git(run.repo, *ask, check=False).split() if run.repo.common_dir else []
     names = {ref.removeprefix(space) for ref in refs} | {path.name for path in run.records.glob("*")}
     old = sorted(name for name in names if re.match(r"\d{8}-\d{6}-", name))[:-RECORDS]
     orders = "".join(f"delete {space}{name}\n" for name in old if space + name in refs)

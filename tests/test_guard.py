@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import CHEAP_GATE, LEVELS, Repository, Result, isolate, small_app
+from conftest import CHEAP_GATE, LEVELS, Repository, Result, isolate, needs_bwrap, small_app
 
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
 REFUSED = f"agent_runner: branches, tags and stashes of this repository are not changed during a run. {RULE}"
@@ -195,7 +195,7 @@ def confused(request: pytest.FixtureRequest) -> Iterator[Told]:
             agent=f"{PYTHON} {script} {shlex.join(arguments)}",
             env={name: f"value of {name}" for name in (*TOKENS, *KEPT)},
         )
-        assert result.status == 0, result.err + result.out
+        assert result.status == 0, result.err[-900:]
         yield Told(result, told_by(repo, result), repo, home, before)
 
 
@@ -445,3 +445,160 @@ def test_without_the_kernel_level_tampering_is_named_and_undone_by_the_printed_c
     if name != "a branch hidden in a work tree of its own":
         assert state_of(busy) == before
     assert "agent/" not in busy.git("branch", "--all")
+
+
+# ----------------------------------------------------------------- an agent that is not honest, with the kernel level
+
+HOSTILE = """
+import ctypes, glob, sysconfig
+remote, cache = sys.argv[2:4]
+told["beside"] = os.listdir(os.path.dirname(REAL) + "/beside")
+roots = ["", "/proc/self/root", "/proc/1/root", *glob.glob("/proc/[0-9]*/root")]
+roots += [cwd + "/../.." for cwd in glob.glob("/proc/[0-9]*/cwd")]
+for number, root in enumerate(roots):
+    for file, text in (("refs/heads/main", "0" * 40), ("HEAD", "ref: refs/heads/mine"), ("hooks/pre-commit", "mine")):
+        try:
+            write(f"{root}{REAL}/.git/{file}.{number}", text)
+            write(f"{root}{REAL}/file-{number}", text)
+        except OSError:
+            pass
+git_path = subprocess.run(["which", "git"], capture_output=True, text=True).stdout.strip()
+bare = ("env", "-i", git_path, "-c", "core.hooksPath=/dev/null", "-c", "user.name=A", "-c", "user.email=a@a.invalid")
+for words in ("commit -q --allow-empty -m mine", "tag -f v1", "branch -f side", "stash store HEAD", "config a.b c"):
+    tried("bare " + words, *bare, "-C", REAL, *words.split())
+tried("bare push", *bare, "push", "--force", remote, "HEAD:main")
+for path in (remote + "/refs/heads/mine", os.path.dirname(REAL) + "/beside/mine"):
+    try:
+        write(path, "0" * 40)
+    except OSError as error:
+        told["write " + os.path.basename(os.path.dirname(path))] = str(error)
+
+libc = ctypes.CDLL(None, use_errno=True)
+for place in (REAL, os.path.dirname(REAL) + "/beside", cache, HOME + "/.ssh"):
+    attempts["umount2 " + place] = [libc.umount2(place.encode(), 2), ""]
+    attempts["bind " + place] = [libc.mount(b"/tmp", place.encode(), None, 4096, None), ""]
+attempts["writable root"] = [libc.mount(None, b"/", None, 32 | 4096, None), ""]
+tried("unshare umount", "unshare", "-Urm", "umount", "-l", REAL)
+tried("unshare remount", "unshare", "-Urm", "mount", "-o", "remount,rw,bind", "/")
+
+told["real"] = sorted(os.listdir(REAL))
+told["run name"] = os.environ["AGENT_RUNNER_RUN"]
+told["top of run"] = sorted(os.listdir(cache))
+told["run"] = sorted(os.listdir(os.path.join(cache, os.environ["AGENT_RUNNER_RUN"])))
+told["records"] = [path for path, folders, files in os.walk(REAL) if "agent-runner" in path]
+stores = [".ssh", ".netrc", ".git-credentials", ".config/gh", ".config/glab-cli", ".aws-like-other"]
+told["stores"] = {}
+for name in stores:
+    path = pathlib.Path(HOME, name)
+    told["stores"][name] = os.listdir(path) if path.is_dir() else path.read_text()
+
+
+def writes(path):
+    try:
+        with open(path + "/planted", "w"):
+            return True
+    except OSError:
+        return False
+
+
+folders = {"interpreter": os.path.dirname(os.path.realpath(sys.executable)), "prefix": sys.prefix}
+folders |= {"site": HOME + "/.local/lib", "tool": sys.argv[4], "writable": sys.argv[5], "home": HOME}
+folders |= {"environment": REAL + "/.venv", "node": REAL + "/node_modules", "config": HOME + "/.config/git"}
+told["writes"] = {name: writes(path) for name, path in folders.items()}
+told["environment"] = sorted(os.listdir(REAL + "/.venv"))
+tried("node tool", REAL + "/node_modules/.bin/tool")
+tried("nested", "bwrap", "--unshare-user", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true")
+tried("nested, private", "bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--bind", "/", "/",
+      "--ro-bind", REAL + "/.git", REAL + "/.git", "--tmpfs", "/tmp", "sh", "-c", "exit 7")
+told["processes"] = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+write("tool-there", str(os.path.exists("node_modules/.bin/tool")))
+"""
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[Told]:
+    """What an agent tells that knows every path and looks for a way out of the kernel sandbox."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        place = Path(folder).resolve()
+        home, tools, free = place / "home", place / "tools", place / "free"
+        isolate(patch, home)
+        repo, remote = busy_repository(place)
+        for name in (".ssh/id", ".netrc", ".git-credentials", ".config/gh/hosts.yml", ".config/glab-cli/config.yml"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text("secret")
+        (home / ".aws-like-other").write_text("not a forge's")
+        for made in (home / ".local/lib", home / ".config/git", home / ".cache/agent-runner/other", tools, free):
+            made.mkdir(parents=True)
+        repo.write(".gitignore", "node_modules\n.venv\n")
+        repo.commit("ignore")
+        repo.write("node_modules/.bin/tool", "#!/bin/sh\necho tool ran\n", mode=0o755)
+        repo.write(".venv/pyvenv.cfg", "")
+        repo.write(".venv/bin/checker", "#!/bin/sh\ntest -e tool-there\n", mode=0o755)
+        script, gate = repo.write("node_modules/agent.py", PRELUDE + HOSTILE + "\ntell()\n"), tools / "my-gate"
+        gate.write_text("#!/bin/sh\nexit 0\n")
+        gate.chmod(0o755)
+        patch.setenv("PATH", os.pathsep.join((str(tools), str(repo.path / ".venv/bin"), os.environ["PATH"])))
+        arguments = [repo.path, remote, home / ".cache/agent-runner", tools, free]
+        before = repo.state()
+        result = repo.run(
+            *("issue-to-pr", "issue.md", "--no-switch", "--no-baseline", "--json", "--sandbox", "require"),
+            *("--gate", "my-gate", "--gate", "checker", "--writable", str(free)),
+            agent=f"{PYTHON} {shlex.join(map(str, [script, *arguments]))}",
+        )
+        assert result.status == 0, result.err[-900:]
+        yield Told(result, told_by(repo, result), repo, home, before)
+
+
+@needs_bwrap
+class TestHostile:
+    def test_it_changes_nothing_outside_its_clone(self, hostile: Told) -> None:
+        state = hostile.repo.state()
+        proposal = hostile.repo.git("rev-parse", "agent/issue")
+        state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
+        assert state == hostile.before
+        remote = Repository(hostile.repo.path.parent / "remote.git")
+        assert "mine" not in remote.git("show-ref") + " ".join(os.listdir(remote.path / "refs/heads"))
+        assert os.listdir(hostile.repo.path.parent / "beside").count("mine") == 0
+        assert (hostile.result.report["moved"], hostile.result.report["mentions"]) == ([], [])
+
+    def test_it_unmounts_and_remounts_nothing(self, hostile: Told) -> None:
+        kept = {n: status for n, (status, _) in hostile.tried.items() if n.startswith(("umount2", "bind", "unshare"))}
+        assert len(kept) == 10 and not [name for name, status in kept.items() if status == 0]
+        assert hostile.tried["writable root"][0] != 0 and hostile.tried["bare push"][0] != 0
+
+    def test_the_real_path_shows_the_clone_without_the_record(self, hostile: Told) -> None:
+        assert "told.json" in hostile.repo.git("ls-tree", "--name-only", "agent/issue").split()
+        assert {"calc.py", "node_modules", ".venv"} <= set(hostile.by_agent["real"])
+        assert hostile.by_agent["records"] == []
+
+    def test_other_runs_the_clean_checkout_and_other_checkouts_cannot_be_seen(self, hostile: Told) -> None:
+        told = hostile.by_agent
+        assert told["top of run"] == [told["run name"]]
+        assert not {"workspace", "judge", "index-workspace", "run.json"} & set(told["run"])
+        assert told["beside"] == []
+
+    def test_credential_stores_are_empty_and_the_rest_of_home_is_there(self, hostile: Told) -> None:
+        stores = hostile.by_agent["stores"]
+        assert stores.pop(".aws-like-other") == "not a forge's"
+        assert [name for name, content in stores.items() if content] == []
+
+    def test_the_judges_ground_is_read_only_and_home_is_not(self, hostile: Told) -> None:
+        assert [name for name, can in hostile.by_agent["writes"].items() if can] == ["writable", "home"]
+
+    def test_tools_that_only_the_checkout_holds_work_and_leave_no_stub(self, hostile: Told) -> None:
+        assert hostile.by_agent["environment"] == ["bin", "pyvenv.cfg"]
+        assert hostile.tried["node tool"] == (0, "tool ran\n")
+        changed = [line.split("\t")[1] for line in changed_files(hostile)]
+        assert not [name for name in changed if name.startswith(("node_modules", ".venv"))]
+        assert "is hidden by ignore rules" not in hostile.result.err
+
+    def test_a_sandbox_of_the_agents_own_works_inside(self, hostile: Told) -> None:
+        assert hostile.tried["nested"] == (0, "")
+        assert hostile.tried["nested, private"] == (7, "")
+
+    def test_processes_have_a_namespace_of_their_own(self, hostile: Told) -> None:
+        assert max(hostile.by_agent["processes"]) < 1000 and os.getpid() not in hostile.by_agent["processes"]
+
+
+def changed_files(told: Told) -> list[str]:
+    return told.repo.git("diff-tree", "-r", "--name-status", "main", "agent/issue").splitlines()
