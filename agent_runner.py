@@ -719,7 +719,8 @@ def find_repo(start: Path) -> Repo:
     status, out, err = call(["git", "-C", str(start), "rev-parse", *asked], env=env)
     said = plain(err.decode("utf-8", "replace")).strip()
     if status != 0:
-        if "not a git repository" in said and not any((p / ".git").exists() for p in (start, *start.parents)):
+        places = [parent / ".git" for parent in (start, *start.parents)]  # an empty one is nothing to Git either
+        if "not a git repository" in said and not any(p.is_file() or any(p.glob("*")) for p in places):
             return Repo(start, "", None, None, None, "", "sha1", {})
         raise Refusal(f"Git cannot read this repository ({one_line(said, 300)}); git status must work here first.")
     if out.split() != [b"false", b"true"]:
@@ -2876,7 +2877,7 @@ def baseline_key(run: Run) -> str:
 
 def recall_baseline(store: Path) -> Verdict | None:
     """The verdict of an earlier run on the same base: it was green."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         told = json.loads(store.read_text("utf-8"))
         return Verdict(
             told["tree"], tuple(Check(**check) for check in told["checks"]), rewritten=tuple(told["rewritten"])
@@ -3506,7 +3507,7 @@ def play(
         attempt("commit here", *git, "commit", "-qam", "mine")
         attempt("merge into main here", *git, "checkout", "-q", "-B", "main")
         attempt("tag here", *git, "tag", "-f", "v999")
-        attempt("change Git's configuration here", *git, "config", "core.fsmonitor", "touch /tmp/never")
+        attempt("change Git's configuration here", *git, "config", "core.sshCommand", "false")
         attempt("plant a hook here", "sh", "-c", "mkdir -p .git/hooks && echo : > .git/hooks/pre-commit")
         attempt("push by name", *git, "push", "origin", "HEAD:main")
         for address in addresses[:2]:
