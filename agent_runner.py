@@ -3743,6 +3743,7 @@ def judge_change(run: Run, attempt: Attempt, *, repair: bool) -> Verdict:
     with run.console.step(f"the gate judges the change ({files}): {'; '.join(run.settings.gate)}") as ended:
         verdict, weakened = with_base_tests(run, change, judge(run, change.commit), repair=repair)
         findings = (*inspect_change(run, change), *weakened, *rewrite_findings(run, verdict))
+        findings += unrun_findings(change, verdict)
         bad = [f for f in findings if f.severity == "rejects"]
         reason = "; ".join(finding_text(f) for f in bad[:5]) + ("; …" if len(bad) > 5 else "")
         integrity = Check("integrity", "the diff", not bad, reason or "passed")
@@ -3783,6 +3784,15 @@ def with_base_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool)
         settle(run.settings, Finding(kind, moved[file], None, "first", why + "; ".join(names[:20])))
         for file, names in weakened.items()
     )
+
+
+def unrun_findings(change: Change, verdict: Verdict) -> tuple[Finding, ...]:
+    """New test files that the gate's own pytest passed over, as its `testpaths` may have it."""
+    ran = {name.split("::")[0] for check in verdict.checks for name in check.tests or ()}
+    why = "a new test file that no gate command ran, so it proves nothing"
+    new = [f.path for f in change.files if f.status == "A" and re.search(r"(^|/)(test_[^/]*|[^/]*_test)\.py$", f.path)]
+    unrun = [path for path in new if ran and not any(f"/{path}".endswith(f"/{file}") for file in ran)]
+    return tuple(Finding("not-run", path, None, "shown", why) for path in unrun)
 
 
 def rewrite_findings(run: Run, verdict: Verdict) -> tuple[Finding, ...]:
@@ -3848,8 +3858,9 @@ def reject(run: Run, outcome: str, failure: Verdict | None) -> Ending:
 
 def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
     """A green verdict: gather the proof. The branch is made in `conclude`, once P1 is verified."""
-    with run.console.step("proof: new tests on the old code, old tests on the new code"):
+    with run.console.step("proof: new tests on the old code, old tests on the new code") as ended:
         proof = prove(run, change, verdict)
+        ended(f"{len(proof.new_on_old)} tests without the change, {len(proof.old_on_new)} as they were before")
     return Ending("proposed", "", change=change, verdict=verdict, proof=proof)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import agent_runner
 from conftest import CHEAP_GATE, Repository, isolate, small_app
-from test_record import SCHEMA, misfits
+from test_record import SCHEMA, TRIPLE, misfits
 
 
 @pytest.mark.parametrize(
@@ -406,6 +406,16 @@ def test_names_that_no_one_can_check_out_are_rejected_and_told_on_one_line(repo:
     text = (Path(result.report["record"]) / "pr.md").read_text(encoding="utf-8")
     assert text.startswith("**No proposal:** rejected (exit 1). `")
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
+
+
+def test_new_test_that_the_gate_never_ran_is_told(repo: Repository, agent: Any) -> None:
+    repo.write("pytest.ini", "[pytest]\ntestpaths = test_calc.py\n")
+    repo.commit()
+    result = repo.run("issue-to-pr", "issue.md", "--json", "--no-baseline", "--gate", "pytest -q", agent=agent(TRIPLE))
+    assert [(finding["kind"], finding["path"]) for finding in result.report["findings"]] == [
+        ("not-run", "test_triple.py")
+    ]
+    assert "`test_triple.py` `a new test file that no gate command ran" in pull_request(result)
 
 
 UNRULY = """
