@@ -90,11 +90,12 @@ class Repository:
         env: Mapping[str, str | None] | None = None,
         stdin: str = "",
         under: Sequence[str] = (),
+        program: Path = PROGRAM,
     ) -> Result:
         """Run the program as its users do: as a child process, in the repository, `under` another if one is given."""
         changes = {"AGENT_CMD": agent} | dict(env or {}) if agent is not None else dict(env or {})
         environ = {name: value for name, value in (dict(os.environ) | changes).items() if value is not None}
-        argv = [*under, sys.executable, str(PROGRAM), *words]
+        argv = [*under, sys.executable, str(program), *words]
         done = subprocess.run(
             argv, cwd=self.path / cwd, env=environ, capture_output=True, input=stdin.encode(), timeout=120
         )
