@@ -2209,7 +2209,7 @@ def failure_of(ran: Ran, words: Sequence[str], tests: dict[str, str] | None, *, 
     if tests is None:
         return "exit status 0 without a finished report: the test process was ended early"
     if bad:
-        return f"exit status 0 although {bad} tests failed: the status was changed"
+        return f"exit status 0 although {bad} of {len(tests)} tests failed: the status was changed"
     if "passed" not in tests.values():
         return "no test passed" if tests else "no tests were collected"
     if re.search(r"^!+ .*\bExit: .*!+$", plain(ran.output), re.MULTILINE):
@@ -2400,8 +2400,8 @@ def known_tests(baseline: Verdict | None) -> KnownTests:
     for check in baseline.checks if baseline else ():
         for name, outcome in (check.tests or {}).items():
             file, _, rest = name.partition("::")
-            module = file.removesuffix(".py").replace("/", ".")
-            inside = file.endswith(".py") and (rest + ".").startswith(module + ".") and outcome != "error"
+            module = os.path.basename(file).removesuffix(".py")  # pytest names a docstring's test by its module
+            inside = file.endswith(".py") and f".{module}." in f".{rest}." and outcome != "error"
             (doctests if inside else files).add(file)
             names.update(re.findall(r"\btest_\w+|\w+_test\b", name))
     return KnownTests(frozenset(files), frozenset(doctests - files), frozenset(names))
@@ -2568,16 +2568,19 @@ def literal(paths: Iterable[str]) -> list[str]:
 
 def lost_examples(run: Run, file: FileChange) -> bool:
     """Does a change to code take away or alter an example of its docstrings?"""
+    import ast
     from collections import Counter
     from doctest import DocTestParser
 
     def examples(blob: str) -> Counter[tuple[str, str]]:
-        text = run.private("cat-file", "blob", blob) if blob.strip("0") else ""
-        return Counter((e.source, e.want) for e in DocTestParser().get_examples(text))
+        tree = ast.parse(run.private("cat-file", "blob", blob) if blob.strip("0") else "")
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+        return Counter((e.source, e.want) for text in texts for e in DocTestParser().get_examples(text))
 
     try:
         return bool(examples(file.old_blob) - examples(file.blob))
-    except ValueError:
+    except (SyntaxError, ValueError):
         return True
 
 
