@@ -430,6 +430,7 @@ class Kept:
 Result = TypeVar("Result")
 _spawning = threading.Lock()
 _ours: set[int] = set()  # processes that somebody here waits for
+_jobs: dict[int, str] = {}  # those of them that we do not trust, each with a mark that its environment hands down
 
 
 def spawn(argv: Sequence[str | Path], **options: Any) -> subprocess.Popen[bytes]:
@@ -523,15 +524,23 @@ def stray_processes(of: int) -> list[tuple[int, int, str]]:
     """Descendants of process `of`, and orphans that nobody here waits for: (pid, parent, state)."""
     with _spawning:
         table, keep = process_table(), _ours - {of}
+    marks = [mark for pid, mark in _jobs.items() if pid != of]  # a job's orphans live as long as it does
     me, found = os.getpid(), []
     for pid, (parent, state) in table.items():
         chain = [pid]
         while parent not in (0, 1, me) and parent in table:
             chain.append(parent)
             parent = table[parent][0]
-        if parent == me and not keep.intersection(chain):
+        if parent == me and not keep.intersection(chain) and not is_marked(pid, marks):
             found.append((pid, table[pid][0], state))
     return found
+
+
+def is_marked(pid: int, marks: Iterable[str]) -> bool:
+    """Did this process start with one of these settings in its environment? (Linux)"""
+    with contextlib.suppress(OSError):
+        return not {mark.encode() for mark in marks}.isdisjoint(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return False
 
 
 def signal_tree(process: subprocess.Popen[bytes], signum: int, *, spare_root: bool = False) -> None:
@@ -616,6 +625,7 @@ def run_guarded(
             process = spawn(job.argv, cwd=job.cwd, env=job.env, stdin=stdin, stdout=pipe, stderr=merged)
     except OSError as error:
         return Ran(None, f"{job.argv[0]}: {error.strerror}", time.monotonic() - started)
+    _jobs[process.pid] = f"AGENT_RUNNER_JOB={job.env.get('AGENT_RUNNER_JOB')}"
     kept = Kept()
     reader = threading.Thread(target=drain, args=(process.stdout, kept, on_line), daemon=True)
     reader.start()
@@ -639,6 +649,7 @@ def run_guarded(
         if process.stdout and not reader.is_alive():
             process.stdout.close()
         _ours.discard(process.pid)
+        del _jobs[process.pid]
     return Ran(process.returncode, kept.text(), time.monotonic() - started, timed_out, kept.left_out)
 
 
@@ -1120,12 +1131,11 @@ def bring_untracked(words: Sequence[str], run: Run, *, gate: bool) -> list[str]:
 
     Of a gate command only the program and its script: what it checks must lie in the proposal.
     """
-    found = []
+    found, names = [], set(names_read(words) if gate else words)
     for number, word in enumerate(words):
-        runs = not gate or number == 0 or READS_NEXT.match(os.path.basename(words[number - 1]))
         path = Path(os.path.normpath(run.start / word))
         inside = "/" in word or os.path.isfile(path) if number else "/" in word
-        found.append(str(path) if runs and inside and is_untracked_file(path, run) else word)
+        found.append(str(path) if word in names and inside and is_untracked_file(path, run) else word)
     return found
 
 
@@ -1334,6 +1344,7 @@ def child_env(run: Run, clone: Clone, tmp: Path) -> dict[str, str]:
         "GH_CONFIG_DIR": empty,
         "GLAB_CONFIG_DIR": empty,
         "AGENT_RUNNER_RUN": run.folder.name,
+        "AGENT_RUNNER_JOB": os.urandom(8).hex(),
         "PWD": str(clone.seen / run.repo.prefix),
     }
     env |= {k: v for k, v in (guard | config_env(run.git_guard)).items() if k not in kept}
@@ -1741,10 +1752,9 @@ def sweep(root: Path, repo: Repo) -> list[str]:
 
 def end_marked(name: str) -> None:
     """Kill what a killed run left running: processes that carry its name in their environment (Linux)."""
-    mark = f"AGENT_RUNNER_RUN={name}".encode()
     for pid in process_table():
         with contextlib.suppress(OSError):
-            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if is_marked(pid, [f"AGENT_RUNNER_RUN={name}"]):
                 os.kill(pid, signal.SIGKILL)
 
 

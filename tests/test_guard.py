@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import CHEAP_GATE, LEVELS, Repository, Result, isolate, needs_bwrap, small_app
+from conftest import CHEAP_GATE, LEVELS, PROGRAM, Repository, Result, isolate, needs_bwrap, small_app
 
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
 REFUSED = f"agent_runner: branches, tags and stashes of this repository are not changed during a run. {RULE}"
 PYTHON = f"{shlex.quote(sys.executable)} -S"
+OFF = ("--sandbox", "off")
 QUIET = ("--gate", CHEAP_GATE, "--no-baseline", "--no-switch", "--json")
 
 # What every agent here starts with: it notes what it tried and what came of it, and tells in a file of its work.
@@ -77,12 +83,12 @@ class Told(NamedTuple):
         return {name: (status, said) for name, (status, said) in self.by_agent["tried"].items()}
 
 
-def act(repo: Repository, code: str, *words: str, env: dict[str, str] | None = None, cwd: str = "") -> Result:
+def act(repo: Repository, code: str, *words: str, program: Path = PROGRAM) -> Result:
     """Run an agent of a few lines on the repository."""
     script = repo.path.parent / "agent.py"
     script.write_text(PRELUDE + code + "\ntell()\n", encoding="utf-8")
     command = f"{PYTHON} {shlex.quote(str(script))} {shlex.quote(str(repo.path))}"
-    return repo.run("issue-to-pr", str(repo.path / "issue.md"), *QUIET, *words, agent=command, cwd=cwd, env=env)
+    return repo.run("issue-to-pr", "issue.md", *QUIET, *words, agent=command, program=program)
 
 
 def told_by(repo: Repository, result: Result) -> dict[str, Any]:
@@ -435,7 +441,7 @@ def test_without_the_kernel_level_tampering_is_named_and_undone_by_the_printed_c
 ) -> None:
     code, names = TAMPERING[name]
     before = state_of(busy)
-    result = act(busy, code, "--sandbox", "off")
+    result = act(busy, code, *OFF)
     assert (result.status, result.report["outcome"]) == (5, "rule-broken"), result.err
     broken = [moved for moved in result.report["moved"] if moved["broken"]]
     assert [part for part in names if not any(part in moved["what"] for moved in broken)] == []
@@ -602,3 +608,275 @@ class TestHostile:
 
 def changed_files(told: Told) -> list[str]:
     return told.repo.git("diff-tree", "-r", "--name-status", "main", "agent/issue").splitlines()
+
+
+# ----------------------------------------------------------------------- what others do meanwhile, and what is left
+
+
+class Meanwhile:
+    """A run whose agent waits until this test has done something as another person."""
+
+    AGENT = "import pathlib, time; write('made', ''); write(HOME + '/started', '')\n" + (
+        "while not os.path.exists(HOME + '/go'): time.sleep(0.01)\n"
+    )
+
+    def __init__(self, repo: Repository, *words: str) -> None:
+        script = repo.path.parent / "waiting.py"
+        script.write_text(PRELUDE + self.AGENT, encoding="utf-8")
+        argv = [sys.executable, str(PROGRAM), "issue-to-pr", "issue.md", "--json", "--gate", CHEAP_GATE, *words]
+        environ = os.environ | {"AGENT_CMD": f"{PYTHON} {script} ."}
+        self.process = subprocess.Popen(
+            argv, cwd=repo.path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 30
+        while not (Path.home() / "started").exists():
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.01)
+
+    def end(self) -> Result:
+        (Path.home() / "go").touch()
+        out, err = self.process.communicate(timeout=60)
+        return Result(self.process.returncode, out.decode(), err.decode())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_others_do_meanwhile_is_mentioned_and_not_punished(busy: Repository, level: str) -> None:
+    beside = Repository(busy.path.parent / "beside")
+    upstream = Repository(busy.path.parent / "remote.git")
+    busy.git("fetch", "-q", "origin")
+    tree, parent = beside.tree("HEAD"), upstream.git("rev-parse", "main")
+    new = upstream.git("-c", "user.name=B", "-c", "user.email=b@example.invalid", "commit-tree", tree, "-p", parent)
+    upstream.git("update-ref", "refs/heads/other", new)
+    upstream.git("tag", "v2", new)
+    run = Meanwhile(busy, "--sandbox", level)
+    beside.git("commit", "-q", "--allow-empty", "-m", "by another person")
+    busy.git("fetch", "-q", "origin")
+    busy.write("calc.py", "edited by another person\n")
+    result = run.end()
+    assert (result.status, result.report["outcome"]) == (0, "proposed"), result.err
+    mentions = " ".join(result.report["mentions"])
+    for moved in ("refs/heads/beside", "refs/remotes/origin/other", "refs/tags/v2", "your checkout was edited"):
+        assert moved in mentions
+    assert not result.report["moved"] or not any(moved["broken"] for moved in result.report["moved"])
+    assert (busy.path / "calc.py").read_text() == "edited by another person\n"
+
+
+@needs_bwrap
+def test_under_the_kernel_level_nothing_that_moved_is_the_agents_doing(busy: Repository) -> None:
+    run = Meanwhile(busy, "--sandbox", "require")
+    busy.git("commit", "-q", "--allow-empty", "-m", "mine")
+    busy.git("tag", "-f", "v1")
+    busy.git("branch", "-D", "side")
+    busy.git("stash", "clear")
+    busy.git("config", "a.b", "c")
+    busy.write(".git/hooks/pre-push", "exit 1\n")
+    busy.git("switch", "-q", "-c", "elsewhere")
+    result = run.end()
+    assert (result.status, result.report["outcome"]) == (0, "proposed"), result.err
+    mentions = " ".join(result.report["mentions"])
+    for moved in ("heads/main", "tags/v1", "heads/side", "refs/stash", "/config", "hooks/pre-push", "HEAD was"):
+        assert moved in mentions
+    assert "not by the agent" in mentions
+    assert busy.git("branch", "--show-current") == "elsewhere"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_second_proposal_made_meanwhile_is_not_punished(repo: Repository, agent: Any, level: str) -> None:
+    run = Meanwhile(repo, "--sandbox", level)
+    words = ("--sandbox", level, "--gate", CHEAP_GATE, "--no-baseline")
+    assert repo.run("issue-to-pr", "issue.md", *words, agent=agent("open('other', 'w')")).status == 0
+    assert repo.git("branch", "--show-current") == "agent/issue"
+    result = run.end()
+    assert (result.status, result.report["branch"]) == (0, "agent/issue-2"), result.err
+    assert repo.git("branch", "--show-current") == "agent/issue"
+
+
+def test_deleting_or_moving_a_former_proposal_is_not_taken_for_another_runs_doing(repo: Repository, agent: Any) -> None:
+    assert act(repo, "write('made', '')", *OFF).report["branch"] == "agent/issue"
+    assert act(repo, "write('made', '2')", *OFF).report["branch"] == "agent/issue-2"
+    result = act(repo, 'forced("branch", "-f", "agent/issue-2", "agent/issue")', *OFF)
+    assert result.status == 5
+    result = act(repo, 'forced("branch", "-D", "agent/issue")', *OFF)
+    assert result.status == 5 and "refs/heads/agent/issue was deleted" in result.report["message"]
+
+
+def test_without_the_kernel_level_a_change_to_the_supervisor_itself_is_undone_by_the_printed_command(
+    repo: Repository,
+) -> None:
+    own = repo.path / "agent_runner.py"
+    shutil.copy(PROGRAM, own)
+    before = own.read_bytes()
+    result = act(repo, "with open(REAL + '/agent_runner.py', 'a') as own: own.write('# mine')", *OFF, program=own)
+    assert result.status == 5
+    (undo,) = [moved["undo"] for moved in result.report["moved"]]
+    subprocess.run(["sh", "-c", undo], cwd=repo.path, check=True)
+    assert own.read_bytes() == before
+
+
+DAEMON = """
+ready, held = os.pipe()  # closed when the daemon has become another program
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        os.execve(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(300)", MARK], {})
+    os._exit(0)
+os.wait()
+os.close(held)
+os.read(ready, 1)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are found on Linux")
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_process_that_left_its_session_its_parent_and_its_environment_is_ended(
+    repo: Repository, tmp_path: Path, level: str
+) -> None:
+    mark = f"mark-of-{tmp_path.name}"
+    result = act(repo, f"MARK = {mark!r}\n" + DAEMON, "--sandbox", level)
+    left = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in words_of(entry)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert result.status == 0, result.err
+    assert not left
+
+
+def words_of(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_server_of_the_agents_lives_while_the_base_is_judged_beside_it(
+    repo: Repository, agent: Any, hermetic: Path, level: str
+) -> None:
+    code = """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                while True:
+                    time.sleep(0.01)
+                    open(os.path.expanduser("~/alive"), "w").write(str(time.monotonic()))
+            os._exit(0)
+        os.wait()
+        judged = os.path.expanduser("~/judged")
+        while not os.path.exists(judged):
+            time.sleep(0.01)
+        time.sleep(0.3)  # the supervisor has ended what was left of the gate by then
+        started = time.monotonic()
+        while float(open(os.path.expanduser("~/alive")).read() or 0) < started:
+            assert time.monotonic() < started + 5, "my server was ended"
+            time.sleep(0.01)
+        open("made", "w")
+    """
+    gate = f'{PYTHON} -c \'import os; open(os.path.expanduser("~/judged"), "w")\''
+    result = repo.run("issue-to-pr", "issue.md", "--sandbox", level, "--gate", gate, agent=agent(code))
+    assert result.status == 0, result.out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_agent_has_no_terminal(repo: Repository, agent: Any, level: str) -> None:
+    command = agent("""
+        try:
+            text = str(open("/dev/tty"))
+        except OSError as error:
+            text = "none: " + str(error)
+        open("terminal", "w").write(text)
+    """)
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.chdir(repo.path)
+        words = [sys.executable, str(PROGRAM), "issue-to-pr", "issue.md", *QUIET, "--sandbox", level]
+        os.execve(sys.executable, words, os.environ | {"AGENT_CMD": command})
+    with contextlib.suppress(OSError):  # Linux tells the end of a terminal as an error
+        while os.read(terminal, 65536):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert repo.git("show", "agent/issue:terminal").startswith("none: ")
+
+
+def test_the_supervisors_own_environment_is_untouched(repo: Repository, agent: Any) -> None:
+    code = f"""
+        import os, sys
+        sys.path.insert(0, {str(PROGRAM.parent)!r})
+        import agent_runner
+        before = dict(os.environ), os.getcwd()
+        status = agent_runner.main({["issue-to-pr", "issue.md", *QUIET, *OFF]!r})
+        sys.exit(status if (dict(os.environ), os.getcwd()) == before else 99)
+    """
+    environ = os.environ | {"AGENT_CMD": agent("open('made', 'w')"), "GH_TOKEN": "a token of mine"}
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(words, cwd=repo.path, env=environ, capture_output=True).returncode == 0
+
+
+BWRAPS = {
+    "absent": (None, "bubblewrap (bwrap) is not installed"),
+    "broken": ("#!/bin/sh\necho no user namespaces for you >&2\nexit 1\n", "no user namespaces for you"),
+}
+
+
+@pytest.mark.parametrize("name", BWRAPS)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bubblewrap is for Linux")
+def test_without_a_working_bubblewrap_require_refuses_and_auto_says_so(
+    repo: Repository, tmp_path: Path, agent: Any, name: str
+) -> None:
+    script, reason = BWRAPS[name]
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("git", "sh", "find", "chmod", "rm"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    if script:
+        (tools / "bwrap").write_text(script)
+        (tools / "bwrap").chmod(0o755)
+    before, env = repo.state(), {"PATH": str(tools)}
+    refused = repo.run("issue-to-pr", "issue.md", "--sandbox", "require", agent=agent("0"), env=env)
+    assert refused.status == 3 and f"--sandbox require: {reason}" in refused.out.replace(
+        "bubblewrap does not work here (", ""
+    )
+    assert repo.state() == before
+    words = ("--gate", CHEAP_GATE, "--no-baseline", "--no-switch")
+    result = repo.run("issue-to-pr", "issue.md", *words, agent=agent("open('made', 'w')"), env=env)
+    assert result.status == 0 and reason in result.out and "without the kernel level" in result.out
+
+
+# AGENT_CMD, the folder to start in, and the gate, all of them programs that only the checkout holds.
+UNTRACKED = {
+    "by path": ("./agent.sh", "", "./check.sh"),
+    "by a shell": ("sh agent.sh", "", "sh check.sh"),
+    "from a sub-folder": ("../agent.sh", "sub", "sh ../check.sh"),
+    "by name": ("my-agent", "", "my-check"),
+    "as an option's value": ("sh -e ./agent.sh one two", "", "sh -e check.sh"),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_programs_that_only_the_checkout_holds_work_and_are_no_part_of_the_change(
+    repo: Repository, name: str, level: str
+) -> None:
+    command, folder, gate = UNTRACKED[name]
+    repo.write(".gitignore", "*.log\nnode_modules\nprepare.sh\n")
+    repo.write("sub/inner.py", "INNER = 1\n")
+    repo.write("sub/issue.md", "# Do it\n")
+    repo.commit()
+    tamper = '(echo >> "$0") 2>/dev/null || :' if level == "require" else ":"
+    for place in ("agent.sh", "node_modules/.bin/my-agent"):
+        repo.write(place, f"#!/bin/sh\ntest -e prepared.log || exit 9\n{tamper}\necho > made\n", mode=0o755)
+    for place in ("check.sh", "node_modules/.bin/my-check"):
+        repo.write(place, "#!/bin/sh\ntest -e prepared.log\n", mode=0o755)
+    repo.write("prepare.sh", "#!/bin/sh\n: > prepared.log\n", mode=0o755)
+    before = repo.state()
+    setup = "../prepare.sh" if folder else "./prepare.sh"
+    path = os.pathsep.join((str(repo.path / "node_modules/.bin"), os.environ["PATH"]))
+    words = ("--setup", setup, "--gate", gate, "--no-baseline", "--no-switch", "--json", "--sandbox", level)
+    result = repo.run("issue-to-pr", "issue.md", *words, agent=command, cwd=folder, env={"PATH": path})
+    assert result.status == 0, result.err
+    changed = repo.git("diff", "--name-only", "main", result.report["branch"]).splitlines()
+    assert [os.path.basename(path) for path in changed] == ["made"]
+    assert "hidden by ignore rules" not in result.err
+    state = repo.state()
+    assert {name for name in state if state[name] != before.get(name)} == {"refs"}
