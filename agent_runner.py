@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -1309,7 +1310,7 @@ def ground_state(run: Run) -> dict[str, str]:
     settings += [home_folder() / name for name in HOME_SETTINGS]
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
     settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
-    state = {str(path): file_state(path) for path in settings if path.exists()}
+    state = {str(path): told for path in settings if (told := file_state(path)) != "gone"}
     for folder in run.ground.search if not run.bwrap else ():
         with contextlib.suppress(OSError):
             for entry in os.scandir(folder):
@@ -1780,6 +1781,24 @@ def recover(folder: Path, here: Repo) -> list[str]:
 NESTED = "a repository of its own, which no commit can hold"
 
 
+def unlock(top: Path) -> None:
+    """Give ourselves back the right to read all that lies in a folder; the agent may have taken it."""
+    top.chmod(0o700)
+    folders = [os.fspath(top)]
+    while folders:
+        entries: list[os.DirEntry[str]] = []
+        with contextlib.suppress(OSError):
+            entries = list(os.scandir(folders.pop()))
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            folders += [entry.path] if is_folder else []
+            wanted = stat.S_IRWXU if is_folder else stat.S_IRUSR
+            with contextlib.suppress(OSError):
+                mode = 0o777 if entry.is_symlink() else entry.stat().st_mode
+                if mode & wanted != wanted:
+                    os.chmod(entry.path, stat.S_IMODE(mode) | wanted)
+
+
 def parents_of(path: str) -> Iterator[str]:
     while path := os.path.dirname(path):
         yield path
@@ -1795,16 +1814,12 @@ def find_nested(clone: Clone, paths: Iterable[str], apart: set[str]) -> list[str
 def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]]:
     """The tree of all that lies in a clone and is not ignored; and what lies there that no commit can hold."""
     private.seal()
-    ours = clone.path.is_relative_to(private.folder)
-    if ours and not WINDOWS:  # the agent may have taken our right to read
-        locked = ("(", "!", "-perm", "-400", "-o", "-type", "d", "!", "-perm", "-700", ")", "!", "-type", "l")
-        call(["find", clone.path, *locked, "-exec", "chmod", "u+rwX", "{}", ";"])
     entries = [e.split("\t", 1) for e in zsplit(private("ls-files", "-s", "-z", clone=clone))]
     new = zsplit(private("ls-files", "-o", "--exclude-standard", "-z", clone=clone))
     apart = {path for meta, path in entries if meta.startswith("160000")} | set(clone.carried)
     nested = find_nested(clone, (*(path for _, path in entries), *new), apart)
     unfit = tuple(Finding("nested", path, None, "rejects", NESTED) for path in nested)
-    if nested and ours:
+    if nested and clone.path.is_relative_to(private.folder):
         for folder in nested:  # the files inside are the agent's work, and are kept with the rest
             inner = clone.path / folder / ".git"
             remove_folder(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
@@ -1831,15 +1846,26 @@ def ignored_files(private: PrivateGit, clone: Clone) -> tuple[str, ...]:
 
 
 def read_start(private: PrivateGit, clone: Clone, base: str) -> Start:
-    private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
+    if may_convert(private, clone):
+        private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
     tree, unfit = capture(private, clone)
     if bad := next((finding for finding in unfit if finding.kind != "nested"), None):
         raise Refusal(f"{finding_text(bad)}; check your Git settings (filters, line endings).")
     return Start(base, tree, ignored_files(private, clone))
 
 
+def may_convert(private: PrivateGit, clone: Clone) -> bool:
+    """Could a file that nobody touched be read back as something else than its blob: filters, line endings?"""
+    attributes = private.config.get("core.attributesFile", "")
+    if {"core.autocrlf", "core.eol"} & private.config.keys() or os.path.exists(attributes):
+        return True
+    return bool(private("ls-files", "-z", "--", ".gitattributes", "*/.gitattributes", clone=clone))
+
+
 def read_change(private: PrivateGit, clone: Clone, start: Start, message: str, *, sign: bool = False) -> Change:
     """What differs between the workspace's start and now, applied to the base and committed."""
+    if clone.path.is_relative_to(private.folder):
+        unlock(clone.path)
     tree, unfit = capture(private, clone)
     tree = transplant(private, start, tree)
     commit = private.commit(tree, start.base, message, sign=sign)
@@ -3114,27 +3140,19 @@ def proposal_commands(run: Run, branch: str, body: Path) -> list[tuple[str, str]
     compare = f"{forge.web}/compare/{quote(base)}...{quote(head, safe='/:')}?expand=1&title={quote(title, safe='')}"
     merge_request = {"source_branch": branch, "target_branch": base, "title": f"Draft: {title}"}
     fields = "&".join(f"merge_request%5B{key}%5D={quote(value, safe='')}" for key, value in merge_request.items())
-    ways = {
-        "github": (
-            f"gh pr create --draft --repo {q(target)} --head {q(head)} --base {q(base)} --title {q(title)} "
-            f"--body-file {q(str(body))}",
-            compare,
-        ),
-        "gitlab": (
-            f"glab mr create --draft --repo {q(forge.web)} {f'--head {q(fork)} ' if fork else ''}"
-            f"--source-branch {q(branch)} --target-branch {q(base)} --title {q(title)} --description {text}",
-            f"{forge.pushed}/-/merge_requests/new?{fields}",
-        ),
-        "forgejo": (
-            f"tea pr create --repo {q(forge.web.split('/', 3)[-1])} --head {q(head)} --base {q(base)} "
-            f"--title {q('WIP: ' + title)} --description {text}",
-            compare,
-        ),
-        "other": ("", forge.web),
-    }
-    command, address = ways[forge.kind]
-    if command and shutil.which(command.split(" ")[0]):
-        return [*steps, ("open a draft", command)]
+    source = f"{f'--head {q(fork)} ' if fork else ''}--source-branch {q(branch)} --target-branch {q(base)}"
+    head = f"--head {q(head)} --base {q(base)}"
+    named, described = f"--title {q(title)}", f"--description {text}"
+    draft = f"--repo {q(forge.web.split('/', 3)[-1])} {head} --title {q('WIP: ' + title)}"
+    form = f"{forge.pushed}/-/merge_requests/new?{fields}"
+    tool, words, address = {
+        "github": ("gh", f"pr create --draft --repo {q(target)} {head} {named} --body-file {q(str(body))}", compare),
+        "gitlab": ("glab", f"mr create --draft --repo {q(forge.web)} {source} {named} {described}", form),
+        "forgejo": ("tea", f"pr create {draft} {described}", compare),
+        "other": ("", "", forge.web),
+    }[forge.kind]
+    if tool and shutil.which(tool):
+        return [*steps, ("open a draft", f"{tool} {words}")]
     return [*steps, ("open the form", f"python3 -m webbrowser {q(address)}")] if address else steps
 
 
@@ -3348,7 +3366,7 @@ def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list
 def is_below(path: Path) -> bool:
     """Does the path lie in the folder that the user stands in?"""
     with contextlib.suppress(OSError):
-        return path.is_relative_to(Path().resolve())
+        return path.is_relative_to(Path.cwd())
     return False
 
 
@@ -3873,7 +3891,8 @@ def decide_proposal(run: Run, change: Change, verdict: Verdict) -> Ending:
     """A green verdict: gather the proof. The branch is made in `conclude`, once P1 is verified."""
     with run.console.step("proof: new tests on the old code, old tests on the new code") as ended:
         proof = prove(run, change, verdict)
-        ended(f"{len(proof.new_on_old)} tests without the change, {len(proof.old_on_new)} as they were before")
+        tried, old = len(proof.new_on_old), len(proof.old_on_new)
+        ended(f"tests tried without the change: {tried}; tests tried as they were before it: {old}")
     return Ending("proposed", "", change=change, verdict=verdict, proof=proof)
 
 
