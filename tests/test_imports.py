@@ -217,6 +217,17 @@ def test_pythonpath_into_the_checkout_is_followed_to_the_clone(
     assert is_judged_on_its_own_code(repo, f"{shlex.quote(sys.executable)} tests/check.py", level=level, env=env)
 
 
+def test_pythonpath_is_followed_where_the_user_wants_a_standard_librarys_name_first(repo: Repository) -> None:
+    repo.write("this.py", "x = 1\n")
+    repo.write("checks/check.py", "import calc\n\nassert calc.triple(3) == 9\n")
+    repo.commit()
+    gate = shlex.join([sys.executable, "checks/check.py"])
+    script = RIGHT.replace("src/shop/prices.py", "calc.py")
+    result = drive(repo, script, "--gate", gate, level="off", env={"PYTHONPATH": str(repo.path)})
+    assert result.status == 0, result.out + result.err
+    assert not result.report["findings"]
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_module_with_a_standard_librarys_name_does_not_break_the_gate_and_is_reported(
     tmp_path: Path, level: str
@@ -230,8 +241,8 @@ def test_module_with_a_standard_librarys_name_does_not_break_the_gate_and_is_rep
     script = "printf 'import calc\\n\\n\\ndef test_x():\\n    assert calc.x == 1\\n' > tests/test_calc.py"
     result = drive(repo, script, *gate, level=level)
     assert result.status == 0, result.out + result.err
-    found = {(finding["kind"], finding["path"]) for finding in result.report["findings"]}
-    assert ("unfaithful", "calc") in found if level == "off" else not found
+    found = [finding["path"] for finding in result.report["findings"] if finding["kind"] == "unfaithful"]
+    assert ("calc" in found) == (level == "off"), found
 
 
 @needs_bwrap
