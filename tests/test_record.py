@@ -58,21 +58,22 @@ class Case(NamedTuple):
 
 GATE = "--sandbox off --gate 'pytest -q'"
 ISSUE = f"issue-to-pr issue.md {GATE}"
+CHEAP = shlex.join(["issue-to-pr", "issue.md", "--no-baseline", "--gate", CHEAP_GATE])
 CASES = {
     "proposed": Case(ISSUE, TRIPLE, "proposed", 0),
     "repaired": Case(f"self-heal {GATE}", MEND, "proposed", 0, "broken"),
-    "already green": Case(f"self-heal {GATE}", MEND, "already-green", 0),
+    "already green": Case(shlex.join(["self-heal", "--gate", CHEAP_GATE]), MEND, "already-green", 0),
     "rejected": Case(ISSUE, WRONG, "rejected", 1),
     "gave up": Case(f"self-heal {GATE} --attempts 1", WRONG, "gave-up", 2, "broken"),
     "flaky": Case(f"self-heal {GATE}", MEND, "gave-up", 2, "flaky"),
     "refused arguments": Case("issue-to-pr issue.md --atempts 2", None, "refused", 3),
     "refused agent": Case("issue-to-pr issue.md", None, "refused", 3),
     "refused base": Case(ISSUE, TRIPLE, "refused", 3, "broken"),
-    "agent failed": Case(ISSUE, FAIL, "agent-failed", 4),
-    "agent idle": Case(ISSUE, "pass", "agent-failed", 4),
-    "rule broken": Case(ISSUE, ESCAPE, "rule-broken", 5),
-    "interrupted": Case(f"{ISSUE} --no-baseline", ENDED, "interrupted", 143),
-    "fault": Case(ISSUE, TRIPLE, None, 70, "no-records"),
+    "agent failed": Case(CHEAP, FAIL, "agent-failed", 4),
+    "agent idle": Case(CHEAP, "pass", "agent-failed", 4),
+    "rule broken": Case(f"{CHEAP} --sandbox off", ESCAPE, "rule-broken", 5),
+    "interrupted": Case(f"{CHEAP} --sandbox off", ENDED, "interrupted", 143),
+    "fault": Case(CHEAP, TRIPLE, None, 70, "no-records"),
     "dry run": Case(f"{ISSUE} --dry-run", TRIPLE, None, 0),
 }
 KEPT = """
@@ -165,7 +166,6 @@ AGENT-FAILED (exit 4): the agent changed nothing
 Record: .git/agent-runner/RECORD
 === rule broken
 RULE-BROKEN (exit 5): something of yours was changed: refs/heads/it's-mine was created
-  ✓ test_triple.py::test_triple fails without the change, and passes with it
 
 What changed, and the command that undoes each:
   refs/heads/it's-mine was created
@@ -398,7 +398,6 @@ def test_each_step_is_announced_and_its_time_told(runs: dict[str, Ended]) -> Non
 
 
 SLOW = "import time\nprint('reading \\x1b[31mcalc.py\\x1b[0m', flush=True)\ntime.sleep(1.2)\n" + TRIPLE
-CHEAP = ("issue-to-pr", "issue.md", "--no-baseline", "--gate", CHEAP_GATE)
 
 
 def on_terminal(app: Repository, agent: str, **env: str) -> str:
@@ -406,7 +405,7 @@ def on_terminal(app: Repository, agent: str, **env: str) -> str:
     pty = pytest.importorskip("pty")
     environ = os.environ | {"AGENT_CMD": agent, "TERM": "xterm", "COLUMNS": "300"} | env
     ours, theirs = pty.openpty()
-    words = [sys.executable, str(PROGRAM), *CHEAP]
+    words = [sys.executable, str(PROGRAM), *shlex.split(CHEAP)]
     with subprocess.Popen(words, cwd=app.path, env=environ, stdin=theirs, stdout=theirs, stderr=theirs):
         os.close(theirs)
         text = b""
@@ -431,7 +430,7 @@ def test_on_a_terminal_and_only_there_the_running_step_shows_its_time_and_the_la
     slow = agent(SLOW)
     shown = on_terminal(repo, slow, NO_COLOR="")
     repo.git("switch", "-q", "main")
-    plain = repo.run(*CHEAP, agent=slow).out
+    plain = repo.run(*shlex.split(CHEAP), agent=slow).out
     assert "  0:00 reading calc.py\r\x1b[K" in shown
     assert "  0:01 reading calc.py\r\x1b[K" in shown
     assert "\x1b[1m▸ attempt 1 of 1" in shown
@@ -473,7 +472,7 @@ def test_in_a_forges_runner_the_log_folds_and_the_summary_page_has_the_text(
     repo.write("issue.md", "# Triple ##[error]it\n")
     page = tmp_path / "summary.md"
     env = {f"{forge}_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)}
-    result = repo.run(*CHEAP, "--json", agent=agent(HOSTILE_LOG + TRIPLE), env=env)
+    result = repo.run(*shlex.split(CHEAP), "--json", agent=agent(HOSTILE_LOG + TRIPLE), env=env)
     assert obeyed(result.err) == (["group", "endgroup"], "")
     assert "agent │ ::error::a" in result.err
     text = Path(result.report["proposal"]["body_file"]).read_text(encoding="utf-8")
@@ -484,7 +483,7 @@ def test_outside_a_runner_no_command_of_its_is_printed_and_no_page_written(
     repo: Repository, agent: Any, tmp_path: Path
 ) -> None:
     page = tmp_path / "summary.md"
-    result = repo.run(*CHEAP, agent=agent(TRIPLE), env={"GITHUB_STEP_SUMMARY": str(page)})
+    result = repo.run(*shlex.split(CHEAP), agent=agent(TRIPLE), env={"GITHUB_STEP_SUMMARY": str(page)})
     assert "::" not in re.sub(r"agent │ .*|\S+\.py::\S+", "", result.out)
     assert not page.exists()
 
@@ -492,7 +491,10 @@ def test_outside_a_runner_no_command_of_its_is_printed_and_no_page_written(
 def test_no_part_of_a_withheld_value_is_printed_or_recorded(repo: Repository, agent: Any) -> None:
     secret = 'first "half"\nof-the-secret\\'
     result = repo.run(
-        *CHEAP, "--json", agent=agent("import os\nprint(os.environ['MY_SECRET'])\n" + FAIL), env={"MY_SECRET": secret}
+        *shlex.split(CHEAP),
+        "--json",
+        agent=agent("import os\nprint(os.environ['MY_SECRET'])\n" + FAIL),
+        env={"MY_SECRET": secret},
     )
     record = Path(result.report["record"])
     texts = [result.out, result.err, *(path.read_text(encoding="utf-8") for path in record.glob("*.*"))]
@@ -505,7 +507,7 @@ def test_records_and_their_refs_are_kept_fifty_runs_long(repo: Repository, agent
         name = f"20200101-0000{number:02}-old"
         repo.write(f".git/agent-runner/{name}/report.json", "{}")
         repo.git("update-ref", f"refs/agent-runner/{name}", "HEAD")
-    assert repo.run(*CHEAP, agent=agent(FAIL)).status == 4
+    assert repo.run(*shlex.split(CHEAP), agent=agent(FAIL)).status == 4
     left = sorted(path.name for path in (repo.path / ".git" / "agent-runner").glob("*-*"))
     assert len(left) == 50 and left[0].startswith("20200101-000006")
     assert len(repo.git("for-each-ref", "refs/agent-runner").splitlines()) == 49
