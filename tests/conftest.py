@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,22 +163,72 @@ def broken(repo: Repository) -> Repository:
     return repo
 
 
+def make_agent(place: Path, text: str, *, arguments: str = "") -> str:
+    """The command of an agent of a few lines: Python by default, a shell script if its text starts with #!."""
+    text = textwrap.dedent(text).lstrip()
+    shell = text.startswith("#!")
+    path = place / f"agent-{len(list(place.glob('agent-*')))}{'.sh' if shell else '.py'}"
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    words = [str(path)] if shell else [sys.executable, "-S", str(path)]
+    return f"{shlex.join(words)} {arguments}".strip()
+
+
 @pytest.fixture
 def agent(tmp_path: Path) -> Any:
-    """Make an agent of a few lines: Python by default, a shell script if its text starts with #!."""
-    made = []
+    return partial(make_agent, tmp_path)
 
-    def make(text: str, *, arguments: str = "") -> str:
-        text = textwrap.dedent(text).lstrip()
-        shell = text.startswith("#!")
-        path = tmp_path / f"agent-{len(made)}{'.sh' if shell else '.py'}"
-        path.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
-        made.append(path)
-        words = [str(path)] if shell else [sys.executable, "-S", str(path)]
-        return f"{shlex.join(words)} {arguments}".strip()
 
-    return make
+class World:
+    """What a test that runs side by side with others has for itself: a folder, the small app, agents."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.repo = small_app(path / "app")
+
+    def agent(self, text: str) -> str:
+        return make_agent(self.path, text)
+
+
+def side_by_side(case: Callable[..., None]) -> Callable[..., None]:
+    """Have a test, whose first argument is a `World`, run beside others of its module: two at a time."""
+    names = ("outcome", *list(inspect.signature(case).parameters)[1:])
+
+    def test(outcome: Future[None], **_: object) -> None:
+        outcome.result()
+
+    test.__name__, test.__doc__ = case.__name__, case.__doc__
+    test.__dict__ |= {"case": case, "pytestmark": list(getattr(case, "pytestmark", []))}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    vars(test)["__signature__"] = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    return test
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The outcome of each selected test of the module that is marked `side_by_side`."""
+    place = tmp_path_factory.mktemp("beside")
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        isolate(patch, place / "home")
+        small_app(place / "app")
+        found = {}
+        for item in request.session.items:
+            if not isinstance(item, pytest.Function) or item.module is not request.module:
+                continue
+            case, skipped = getattr(item.function, "case", None), item.iter_markers("skipif")
+            if case and not any(mark.args[0] for mark in skipped):
+                (folder := place / str(len(found))).mkdir()
+                given = item.callspec.params if hasattr(item, "callspec") else {}
+                found[item.nodeid] = pool.submit(lambda c, f, g: c(World(f), **g), case, folder, given)
+        pool.shutdown()
+        yield found
+        left = [path for path in (place / "home").glob(".cache/agent-runner/*") if (path / "git").is_dir()]
+        assert not left, f"every run removes its folder, and these are left: {left}"
+
+
+@pytest.fixture
+def outcome(outcomes: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    return outcomes[request.node.nodeid]
 
 
 def bwrap_works() -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 import agent_runner
 from agent_runner import clean_issue, fenced, head_and_tail
-from conftest import CHEAP_GATE, Repository
+from conftest import CHEAP_GATE, Repository, World, side_by_side
 
 
 def brief(repo: Repository, *words: str, **how: Any) -> str:
@@ -137,7 +137,9 @@ def test_title_is_the_first_heading_on_one_line(tmp_path: Any, text: str, title:
 # ----------------------------------------------------------------------------------------------- the brief
 
 
-def test_brief_holds_rules_before_and_after_the_instructions_and_the_fenced_issue(repo: Repository) -> None:
+@side_by_side
+def test_brief_holds_rules_before_and_after_the_instructions_and_the_fenced_issue(world: World) -> None:
+    repo = world.repo
     repo.write("AGENTS.md", "Use tabs.\n")
     repo.commit()
     repo.write("AGENTS.md", "Use spaces.\n")
@@ -149,7 +151,9 @@ def test_brief_holds_rules_before_and_after_the_instructions_and_the_fenced_issu
     assert "spaces" not in text and "obey" not in text
 
 
-def test_hidden_parts_of_the_issue_are_counted_and_reported(repo: Repository) -> None:
+@side_by_side
+def test_hidden_parts_of_the_issue_are_counted_and_reported(world: World) -> None:
+    repo = world.repo
     repo.write("task.md", "# Do it<!-- a --><!-- b -->\u200b\n")
     result = repo.run("issue-to-pr", "task.md", "--simulate", "idle", "--gate", CHEAP_GATE)
     assert "3 hidden comments or characters were taken out of the issue" in result.out
@@ -166,9 +170,11 @@ def test_hidden_parts_of_the_issue_are_counted_and_reported(repo: Repository) ->
     ],
     ids=["first", "second", "third", "named", "none"],
 )
+@side_by_side
 def test_instructions_are_the_first_candidate_at_the_base(
-    repo: Repository, files: tuple[str, ...], config: str | None, found: str | None
+    world: World, files: tuple[str, ...], config: str | None, found: str | None
 ) -> None:
+    repo = world.repo
     for name in files:
         repo.write(name, f"\ufeffI am {name}.\n")
     base = repo.commit()
@@ -181,7 +187,9 @@ def test_instructions_are_the_first_candidate_at_the_base(
     assert "later" not in text
 
 
-def test_second_brief_tells_what_the_first_attempt_changed_and_how_it_failed(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_second_brief_tells_what_the_first_attempt_changed_and_how_it_failed(world: World) -> None:
+    repo = world.repo
     gate = repo.path / "check.py"
     gate.write_text(
         "import pathlib, sys\n"
@@ -189,7 +197,7 @@ def test_second_brief_tells_what_the_first_attempt_changed_and_how_it_failed(rep
         "sys.exit('the reason: GATE>>>')\n"
     )
     repo.commit()
-    words = agent(
+    words = world.agent(
         """
         import pathlib, sys
         text = sys.stdin.read()
@@ -211,8 +219,10 @@ def test_second_brief_tells_what_the_first_attempt_changed_and_how_it_failed(rep
     assert "line 2500." not in shown[2] and shown[2].endswith("line 4999.\nthe reason: GATE>>>\n")
 
 
-def test_agent_is_given_the_brief_that_the_record_holds(repo: Repository, agent: Any) -> None:
-    words = agent('#!/bin/sh\ncat > stdin.txt; cp "$1" file.txt')
+@side_by_side
+def test_agent_is_given_the_brief_that_the_record_holds(world: World) -> None:
+    repo = world.repo
+    words = world.agent('#!/bin/sh\ncat > stdin.txt; cp "$1" file.txt')
     for given in (f"{words} {{prompt_file}}", f"{words} /dev/null"):
         report = repo.run("issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--no-switch", "--json", agent=given).report
         text = (repo.path / report["record"] / "brief-1.md").read_text()

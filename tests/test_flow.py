@@ -7,15 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import agent_runner
-from conftest import CHEAP_GATE, LEVELS, PROGRAM, ROOT, Repository, isolate, needs_bwrap, small_app
+from conftest import CHEAP_GATE, LEVELS, PROGRAM, ROOT, Repository, World, needs_bwrap, side_by_side
 
 PYTHON = f"{shlex.quote(sys.executable)} -S"
 DEMO = ["agent_demo.py", "test_agent_demo.py"]
@@ -24,11 +22,19 @@ CHECK = "import agent_demo as demo; assert demo.apply_discount(200, 10) == 180"
 DEMO_GATE = f"{PYTHON} -c \"import os; os.path.exists('agent_demo.py') and exec('{CHECK}')\""
 FIX = 'import pathlib; pathlib.Path("calc.py").write_text("def double(x):\\n    return x * 2\\n")'
 ADD = 'import pathlib; pathlib.Path("triple.py").write_text("def triple(x):\\n    return x * 3\\n")'
+RIGHT_GATE = f'{PYTHON} -c "import calc; assert calc.double(3) == 6"'
 POSIX = pytest.mark.skipif(os.name == "nt", reason="shell scripts")
 
 
 def branches(repo: Repository) -> list[str]:
     return repo.git("for-each-ref", "--format=%(refname:short)", "refs/heads").split("\n")
+
+
+def break_app(repo: Repository) -> Repository:
+    """Commit a bug that the committed test shows."""
+    repo.write("calc.py", "def double(x):\n    return x + 2\n")
+    repo.commit("break it")
+    return repo
 
 
 def theirs(state: dict[str, str], *but: str) -> dict[str, str]:
@@ -37,12 +43,12 @@ def theirs(state: dict[str, str], *but: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------- simulated agents
-# The costly cases, two at a time; each test waits for its own.
 
 
-def course(place: Path, *, edits: bool) -> None:
-    """The sequence of the course, with the program copied in and not committed."""
-    repo = small_app(place / "app")
+@pytest.mark.parametrize("edits", [False, True], ids=["new files", "edits"])
+@side_by_side
+def test_course_sequence_works_and_touches_nothing_that_is_not_committed(world: World, edits: bool) -> None:
+    repo = world.repo
     repo.write(".gitignore", "*.log\n.env\n")
     repo.commit("ignore")
     program = shutil.copy(PROGRAM, repo.path / "agent_runner.py")
@@ -79,14 +85,27 @@ def course(place: Path, *, edits: bool) -> None:
     assert theirs(healed, *same) == theirs(start, *same)
 
 
-def variant(place: Path, command: str, name: str, status: int, outcome: str, *options: str) -> None:
-    """A simulated run by itself: its status, and no branch unless it is a proposal."""
-    repo = small_app(place / "app")
-    before = repo.state()
-    words = (command, *(("issue.md",) if command == "issue-to-pr" else ()), "--simulate", name, "--json", *options)
-    result = repo.run(*words)
-    assert (result.status, result.report["outcome"]) == (status, outcome), result.out + result.err
-    if outcome == "proposed":
+VARIANTS = [
+    ("issue-to-pr", "hang", 4, "agent-failed", CHEAP_GATE),
+    ("issue-to-pr", "idle", 4, "agent-failed", CHEAP_GATE),
+    ("issue-to-pr", "cheat", 1, "rejected", CHEAP_GATE),
+    ("issue-to-pr", "escape", 0, "proposed", CHEAP_GATE),
+    ("self-heal", "cheat", 2, "gave-up", DEMO_GATE),
+    ("self-heal", "escape", 0, "proposed", DEMO_GATE),
+    ("self-heal", "flaky", 2, "gave-up", "pytest -q"),
+]
+
+
+@pytest.mark.parametrize(("command", "name", "status", "outcome_word", "gate"), VARIANTS)
+@side_by_side
+def test_simulated_variant_ends_as_documented(
+    world: World, command: str, name: str, status: int, outcome_word: str, gate: str
+) -> None:
+    repo, before = world.repo, world.repo.state()
+    issue = ("issue.md", "--no-baseline", "--agent-timeout", "0.5") if command == "issue-to-pr" else ()
+    result = repo.run(command, *issue, "--simulate", name, "--json", "--gate", gate)
+    assert (result.status, result.report["outcome"]) == (status, outcome_word), result.out + result.err
+    if outcome_word == "proposed":
         assert len(branches(repo)) == 2 and repo.git("rev-parse", "main") in before["refs"]
     else:
         assert repo.state() == before
@@ -96,53 +115,10 @@ def variant(place: Path, command: str, name: str, status: int, outcome: str, *op
         assert any(finding["severity"] == "rejects" for finding in result.report["findings"])
 
 
-COSTLY: dict[str, Callable[[Path], None]] = {
-    "course": lambda place: course(place, edits=False),
-    "course, with edits": lambda place: course(place, edits=True),
-    "hang": lambda p: variant(
-        p, "issue-to-pr", "hang", 4, "agent-failed", "--gate", CHEAP_GATE, "--agent-timeout", "0.5"
-    ),
-    "idle": lambda p: variant(p, "issue-to-pr", "idle", 4, "agent-failed", "--gate", CHEAP_GATE),
-    "cheat": lambda p: variant(p, "issue-to-pr", "cheat", 1, "rejected", "--gate", CHEAP_GATE),
-    "escape": lambda p: variant(p, "issue-to-pr", "escape", 0, "proposed", "--gate", DEMO_GATE),
-    "heal cheat": lambda p: variant(p, "self-heal", "cheat", 2, "gave-up", "--gate", DEMO_GATE),
-    "heal escape": lambda p: variant(p, "self-heal", "escape", 0, "proposed", "--gate", DEMO_GATE),
-    "heal flaky": lambda p: variant(p, "self-heal", "flaky", 2, "gave-up", "--gate", "pytest -q"),
-}
-
-
-@pytest.fixture(scope="module")
-def costly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
-    """The outcome of each costly case."""
-    place = tmp_path_factory.mktemp("costly")
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        isolate(patch, place / "home")
-        small_app(place / "first")
-        found = {}
-        for name, case in COSTLY.items():
-            (place / name).mkdir()
-            found[name] = pool.submit(case, place / name)
-        pool.shutdown()
-        yield found
-
-
-@pytest.mark.parametrize("name", list(COSTLY)[:2])
-def test_course_sequence_works_and_touches_nothing_that_is_not_committed(
-    costly: dict[str, Future[None]], name: str
-) -> None:
-    costly[name].result()
-
-
-@pytest.mark.parametrize("name", list(COSTLY)[2:])
-def test_simulated_variant_ends_as_documented(costly: dict[str, Future[None]], name: str) -> None:
-    costly[name].result()
-
-
 def test_every_variant_has_its_case() -> None:
     every = {(command, name) for command, names in agent_runner.VARIANTS.items() for name in names}
-    listed = {("issue-to-pr", "good"), ("issue-to-pr", "bad"), ("self-heal", "bad"), ("self-heal", "stuck")}
-    listed |= {("self-heal" if n.startswith("heal ") else "issue-to-pr", n.split()[-1]) for n in list(COSTLY)[2:]}
-    assert listed == every
+    course = {("issue-to-pr", "good"), ("issue-to-pr", "bad"), ("self-heal", "bad"), ("self-heal", "stuck")}
+    assert course | {case[:2] for case in VARIANTS} == every
 
 
 # ------------------------------------------------------------------------------------------- real input
@@ -150,11 +126,10 @@ def test_every_variant_has_its_case() -> None:
 
 @POSIX
 @pytest.mark.parametrize("level", LEVELS)
-def test_self_heal_by_a_shell_script_proposes_exactly_the_judged_tree(
-    broken: Repository, agent: Any, tmp_path: Path, level: str
-) -> None:
-    trees = tmp_path / "trees"
-    words = agent(
+@side_by_side
+def test_self_heal_by_a_shell_script_proposes_exactly_the_judged_tree(world: World, level: str) -> None:
+    broken = break_app(world.repo)
+    words = world.agent(
         """
         #!/bin/sh
         grep -q 'assert double(3) == 6' $1 || exit 9
@@ -163,22 +138,13 @@ def test_self_heal_by_a_shell_script_proposes_exactly_the_judged_tree(
         """
     )
     given = f"{words} {{prompt_file}}" if level == "off" else words  # else on standard input
-    judged = f"sh -c 'git add -A && git write-tree >> {trees}'"
-    result = broken.run(
-        "self-heal",
-        "--json",
-        "--gate",
-        "pytest -q -p no:cacheprovider",
-        "--gate",
-        judged,
-        "--sandbox",
-        level,
-        agent=given,
-    )
+    tell_tree = f"{PYTHON} -c \"import os; os.system('git add -A; git write-tree')\""
+    gate = ("--gate", "pytest -q -p no:cacheprovider", "--gate", tell_tree)
+    result = broken.run("self-heal", "--json", *gate, "--sandbox", level, agent=given)
     report = result.report
     assert (result.status, report["branch"]) == (0, "agent/self-heal"), result.err
-    tree = broken.tree("agent/self-heal")
-    assert tree == report["tree"] == trees.read_text().split()[-1]
+    tree, log = broken.tree("agent/self-heal"), f"gate-1-{Path(sys.executable).name}.log"
+    assert tree == report["tree"] == (broken.path / report["record"] / log).read_text().strip()
     assert broken.git("diff", "--name-only", "main", "agent/self-heal") == "calc.py\nnew file.txt"
     assert (
         broken.git("log", "--format=%s %ae", "main..agent/self-heal") == "Mend the failing checks ada@example.invalid"
@@ -224,7 +190,9 @@ def test_delete(tmp_path, capsys, index, left):
 '''
 
 
-def test_sample_issue_against_the_todo_app_ends_in_a_proposal_with_proof(tmp_path: Path, agent: Any) -> None:
+@side_by_side
+def test_sample_issue_against_the_todo_app_ends_in_a_proposal_with_proof(world: World) -> None:
+    tmp_path = world.path
     repo = Repository(tmp_path / "todo app")
     shutil.copytree(ROOT / "tests" / "todo_app", repo.path, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     shutil.copytree(ROOT / "issues", repo.path / "issues")
@@ -233,7 +201,7 @@ def test_sample_issue_against_the_todo_app_ends_in_a_proposal_with_proof(tmp_pat
     repo.git("config", "user.email", "ada@example.invalid")
     repo.commit("start")
     result = repo.run(
-        "issue-to-pr", "issues/issue-delete-command.md", "--json", agent=agent(TODO_AGENT) + " {prompt_file}"
+        "issue-to-pr", "issues/issue-delete-command.md", "--json", agent=world.agent(TODO_AGENT) + " {prompt_file}"
     )
     report = result.report
     assert result.status == 0, result.err
@@ -248,9 +216,11 @@ def test_sample_issue_against_the_todo_app_ends_in_a_proposal_with_proof(tmp_pat
 # ------------------------------------------------------------------------------------ self-heal's attempts
 
 
-def test_repair_stops_at_the_cap_and_hands_over(repo: Repository, tmp_path: Path, agent: Any) -> None:
+@side_by_side
+def test_repair_stops_at_the_cap_and_hands_over(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     runs = tmp_path / "runs"
-    words = agent("open('more.txt', 'a').write('again\\n')")
+    words = world.agent("open('more.txt', 'a').write('again\\n')")
     before = repo.state()
     result = repo.run("self-heal", "--json", "--gate", counting(runs, status=1), "--sandbox", "off", agent=words)
     report = result.report
@@ -266,18 +236,19 @@ def counting(file: Path, *, status: int = 0) -> str:
     return f"{PYTHON} -c \"import sys; open('{file}', 'a').write('x'); sys.exit({status})\""
 
 
-def test_repair_that_changes_nothing_uses_up_an_attempt(broken: Repository, tmp_path: Path, agent: Any) -> None:
-    gate = f'{PYTHON} -c "import calc; assert calc.double(3) == 6"'
-    words = agent(f"import os\nmark = '{tmp_path}/mark'\nif os.path.exists(mark): {FIX}\nopen(mark, 'w')")
-    report = broken.run("self-heal", "--json", "--gate", gate, "--sandbox", "off", agent=words).report
+@side_by_side
+def test_repair_that_changes_nothing_uses_up_an_attempt(world: World) -> None:
+    broken = break_app(world.repo)
+    tmp_path = world.path
+    words = world.agent(f"import os\nmark = '{tmp_path}/mark'\nif os.path.exists(mark): {FIX}\nopen(mark, 'w')")
+    report = broken.run("self-heal", "--json", "--gate", RIGHT_GATE, "--sandbox", "off", agent=words).report
     assert (report["outcome"], len(report["attempts"])) == ("proposed", 2)
     assert report["attempts"][0]["gate"] is None
-    broken.git("checkout", "-q", "main")
-    result = broken.run("self-heal", "--gate", gate, "--attempts", "1", agent="true")
-    assert result.status == 2 and "handed to a person" in result.out
 
 
-def test_green_base_needs_no_repair_and_no_agent(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_green_base_needs_no_repair_and_no_agent(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     before = repo.state()
     result = repo.run("self-heal", "--json", "--gate", CHEAP_GATE, agent=f"touch {tmp_path}/ran")
     assert (result.status, result.report["outcome"], result.report["attempts"]) == (0, "already-green", [])
@@ -285,7 +256,9 @@ def test_green_base_needs_no_repair_and_no_agent(repo: Repository, tmp_path: Pat
 
 
 @POSIX
-def test_failure_that_does_not_reproduce_is_handed_over_and_spends_no_agent(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_failure_that_does_not_reproduce_is_handed_over_and_spends_no_agent(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     gate = f"sh -c 'test -e {tmp_path}/seen || {{ touch {tmp_path}/seen; exit 1; }}'"
     result = repo.run("self-heal", "--json", "--gate", gate, agent=f"touch {tmp_path}/ran")
     assert (result.status, result.report["outcome"], result.report["attempts"]) == (2, "gave-up", [])
@@ -295,8 +268,10 @@ def test_failure_that_does_not_reproduce_is_handed_over_and_spends_no_agent(repo
 # -------------------------------------------------------------------------------------------- the baseline
 
 
-def test_red_base_ends_the_run_and_keeps_the_stopped_agents_work(repo: Repository, tmp_path: Path, agent: Any) -> None:
-    words = agent(f"{ADD}\nopen('{tmp_path}/wrote', 'w')\nimport time; time.sleep(600)")
+@side_by_side
+def test_red_base_ends_the_run_and_keeps_the_stopped_agents_work(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
+    words = world.agent(f"{ADD}\nopen('{tmp_path}/wrote', 'w')\nimport time; time.sleep(600)")
     wait = f"import os, time\nwhile not os.path.exists('{tmp_path}/wrote'): time.sleep(0.01)\nraise SystemExit(1)"
     (tmp_path / "wait.py").write_text(wait)
     before = repo.state()
@@ -308,77 +283,89 @@ def test_red_base_ends_the_run_and_keeps_the_stopped_agents_work(repo: Repositor
     assert repo.state() == before
 
 
-def test_base_without_tests_is_not_red_but_a_change_without_them_is(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_base_without_tests_is_not_red_but_a_change_without_them_is(world: World) -> None:
+    repo = world.repo
     repo.git("rm", "-q", "test_calc.py")
     repo.commit("no tests")
     words = ("issue-to-pr", "issue.md", "--gate", "pytest -q", "--json")
-    report = repo.run(*words, agent=agent(ADD)).report
+    report = repo.run(*words, agent=world.agent(ADD)).report
     assert (report["outcome"], report["gate"][0]["reason"]) == ("rejected", "no tests were collected")
     more = (
         ADD
         + '; pathlib.Path("test_triple.py").write_text("import triple\\ndef test(): assert triple.triple(2) == 6\\n")'
     )
-    assert repo.run(*words, agent=agent(more)).report["outcome"] == "proposed"
+    assert repo.run(*words, agent=world.agent(more)).report["outcome"] == "proposed"
 
 
-def test_green_base_is_remembered_by_issue_to_pr_and_judged_anew_by_self_heal(
-    repo: Repository, tmp_path: Path, agent: Any
-) -> None:
+@side_by_side
+def test_green_base_is_remembered_by_issue_to_pr_and_judged_anew_by_self_heal(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     runs = tmp_path / "runs"
     runs.touch()
+    words_of_agent = world.agent(ADD)
 
-    def added(*words: str, agent: str = agent(ADD)) -> int:
+    def added(*words: str) -> int:
         before = len(runs.read_text())
-        assert repo.run(*words, "--gate", counting(runs), "--sandbox", "off", agent=agent).status == 0
+        assert repo.run(*words, "--gate", counting(runs), "--sandbox", "off", agent=words_of_agent).status == 0
         return len(runs.read_text()) - before
 
     issue = ("issue-to-pr", "issue.md", "--no-switch")
     assert added(*issue) == 2  # the base and the change
     assert added(*issue) == 1
-    assert [added("self-heal"), added("self-heal")] == [1, 1]
-    assert added(*issue, "--setup", "true") == 2  # another way of judging is another baseline
+    assert added("self-heal") == 1
     repo.write("calc.py", "def double(x):\n    return x + x\n")
     repo.commit()
     assert added(*issue) == 2
-    assert added(*issue, "--no-baseline", "--setup", f"{PYTHON} -c 1") == 1
+    assert added(*issue, "--no-baseline", "--base", "HEAD~1", "--setup", CHEAP_GATE) == 1
 
 
 # -------------------------------------------------------------------------------------------- the options
 
 
-def test_all_gate_commands_run_in_their_order(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_all_gate_commands_run_in_their_order(world: World) -> None:
+    repo = world.repo
     gates = [
         f"{PYTHON} -c \"print('{word}'); raise SystemExit({n})\"" for n, word in enumerate(("one", "two", "three"))
     ]
     words = [word for gate in gates for word in ("--gate", gate)]
-    result = repo.run("issue-to-pr", "issue.md", "--no-baseline", *words, agent=agent(ADD))
+    result = repo.run("issue-to-pr", "issue.md", "--no-baseline", *words, agent=world.agent(ADD))
     assert result.status == 1
     ending = result.out.partition("REJECTED")[2]
     places = [ending.index(part) for part in ("is red: exit status 1", "│ two", "is red: exit status 2", "│ three")]
     assert places == sorted(places) and "│ one" not in result.out
 
 
-def test_base_option_starts_at_that_commit(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_base_option_starts_at_that_commit(world: World) -> None:
+    repo = world.repo
     old = repo.git("rev-parse", "HEAD")
     repo.write("later.py", "later = 1\n")
     repo.commit("later")
-    result = repo.run("issue-to-pr", "issue.md", "--base", "HEAD~1", "--gate", CHEAP_GATE, agent=agent(ADD))
+    result = repo.run(
+        "issue-to-pr", "issue.md", "--no-baseline", "--base", "HEAD~1", "--gate", CHEAP_GATE, agent=world.agent(ADD)
+    )
     assert result.status == 0 and repo.git("rev-parse", "agent/issue^") == old
     assert repo.git("diff", "--name-only", old, "agent/issue") == "triple.py"
 
 
 @POSIX
 @pytest.mark.parametrize("level", LEVELS)
-def test_setup_prepares_each_clone_and_is_no_part_of_the_change(repo: Repository, agent: Any, level: str) -> None:
+@side_by_side
+def test_setup_prepares_each_clone_and_is_no_part_of_the_change(world: World, level: str) -> None:
+    repo = world.repo
     setup = "sh -c 'mkdir tools; printf \"#!/bin/sh\\ntest -e triple.py\" > tools/check; chmod +x tools/check'"
     words = ("issue-to-pr", "issue.md", "--no-baseline", "--setup", setup, "--gate", "tools/check", "--sandbox", level)
-    result = repo.run(*words, agent=agent(f"import os; assert os.path.exists('tools/check')\n{ADD}"))
+    result = repo.run(*words, agent=world.agent(f"import os; assert os.path.exists('tools/check')\n{ADD}"))
     assert result.status == 0, result.out
     assert repo.git("diff", "--name-only", "main", "agent/issue") == "triple.py"
     assert not (repo.path / "tools").exists()
 
 
-def test_setup_that_fails_is_refused_before_the_agent(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_setup_that_fails_is_refused_before_the_agent(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     before = repo.state()
     setup = f"{PYTHON} -c \"raise SystemExit('no network')\""
     words = ("issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--setup", setup)
@@ -388,22 +375,27 @@ def test_setup_that_fails_is_refused_before_the_agent(repo: Repository, tmp_path
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_tool_that_is_missing_when_the_gate_runs_is_red(repo: Repository, agent: Any, level: str) -> None:
+@side_by_side
+def test_tool_that_is_missing_when_the_gate_runs_is_red(world: World, level: str) -> None:
+    repo = world.repo
     words = ("--setup", CHEAP_GATE, "--gate", "no-such-tool -q", "--no-baseline", "--sandbox", level)
-    result = repo.run("issue-to-pr", "issue.md", *words, agent=agent(ADD))
+    result = repo.run("issue-to-pr", "issue.md", *words, agent=world.agent(ADD))
     assert result.status == 1 and "no-such-tool cannot be found or started" in result.out
     assert branches(repo) == ["main"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_carried_file_is_there_and_is_never_proposed_or_changed(repo: Repository, agent: Any, level: str) -> None:
+@side_by_side
+def test_carried_file_is_there_and_is_never_proposed_or_changed(world: World) -> None:
+    repo = world.repo
     repo.write(".gitignore", ".env\ncache/\n")
     repo.commit()
     repo.write(".env", "KEY=1\n")
     repo.write("cache/deep/file", "warm\n")
     check = f"{PYTHON} -c \"assert open('.env').read() == 'KEY=1\\n' and open('cache/deep/file').read()\""
-    words = ("--carry", ".env", "--carry", "cache", "--gate", check, "--sandbox", level, "--json")
-    result = repo.run("issue-to-pr", "issue.md", *words, agent=agent(f"{ADD}; open('.env', 'a').write('KEY=2\\n')"))
+    words = ("--carry", ".env", "--carry", "cache", "--gate", check, "--json")
+    result = repo.run(
+        "issue-to-pr", "issue.md", *words, agent=world.agent(f"{ADD}; open('.env', 'a').write('KEY=2\\n')")
+    )
     assert result.status == 0, result.err
     assert repo.git("diff", "--name-only", "main", "agent/issue") == "triple.py"
     assert (repo.path / ".env").read_text() == "KEY=1\n"
@@ -417,32 +409,32 @@ def test_version_is_printed() -> None:
 # ---------------------------------------------------------------------------------- the branch and the switch
 
 
-def test_existing_branch_is_never_moved(repo: Repository, agent: Any) -> None:
-    repo.git("branch", "agent/self-heal/mine")  # a name below which nothing else fits
-    words = ("issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--no-switch", "--json")
-    repo.git("branch", "agent/issue")
+@side_by_side
+def test_existing_branch_is_never_moved(world: World) -> None:
+    repo = world.repo
+    for name in ("agent/issue", "agent/issue-2", "agent/issue-3/mine"):
+        repo.git("branch", name)
     before = repo.state()
-    made = [repo.run(*words, agent=agent(f"{ADD}\nopen('n', 'w').write('{n}')")).report["branch"] for n in range(2)]
-    assert made == ["agent/issue-2", "agent/issue-3"]
-    assert repo.git("rev-parse", "agent/issue") == repo.git("rev-parse", "main")
-    assert [repo.git("show", f"{branch}:n") for branch in made] == ["0", "1"]
-    assert theirs(repo.state(), "refs") == theirs(before, "refs")  # --no-switch
-    report = repo.run("self-heal", "--simulate", "bad", "--gate", DEMO_GATE, "--json").report
-    assert report["branch"] == "agent/self-heal-2"
+    result = repo.run("issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--no-switch", agent=world.agent(ADD))
+    assert result.status == 0 and repo.git("rev-parse", "agent/issue-4^") == repo.git("rev-parse", "main")
+    repo.git("branch", "-q", "-D", "agent/issue-4")
+    assert repo.state() == before
 
 
-def test_run_on_an_unmerged_proposal_starts_where_that_started(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_run_on_an_unmerged_proposal_starts_where_that_started(world: World) -> None:
+    repo = world.repo
     start = repo.git("rev-parse", "main")
     words = ("--gate", CHEAP_GATE, "--no-baseline")
-    assert repo.run("issue-to-pr", "issue.md", *words, agent=agent(ADD)).status == 0
+    assert repo.run("issue-to-pr", "issue.md", *words, agent=world.agent(ADD)).status == 0
     assert repo.git("symbolic-ref", "HEAD") == "refs/heads/agent/issue"
     repo.write("other.md", "# Another\n")
-    other = agent("open('other.txt', 'w').write('x')")
+    other = world.agent("open('other.txt', 'w').write('x')")
     result = repo.run("issue-to-pr", "other.md", *words, agent=other)
     assert "HEAD is on an unmerged proposal" in result.out
     assert repo.git("rev-parse", "agent/other^") == start
     repo.git("branch", "-f", "main", "agent/other")  # merged: from now on it is what everything starts from
-    result = repo.run("issue-to-pr", "other.md", *words, agent=agent(ADD))
+    result = repo.run("issue-to-pr", "other.md", *words, agent=world.agent(ADD))
     assert "HEAD is on an unmerged proposal" not in result.out
     assert repo.git("rev-parse", "agent/other-2^") == repo.git("rev-parse", "main")
 
@@ -450,12 +442,14 @@ def test_run_on_an_unmerged_proposal_starts_where_that_started(repo: Repository,
 @pytest.mark.parametrize(
     "name", ["triple.py", "pkg", "settings.ini"], ids=["untracked", "a file for a folder", "ignored"]
 )
-def test_switch_never_overwrites_a_file_that_git_does_not_hold(repo: Repository, agent: Any, name: str) -> None:
+@side_by_side
+def test_switch_never_overwrites_a_file_that_git_does_not_hold(world: World, name: str) -> None:
+    repo = world.repo
     repo.write(".gitignore", "settings.ini\n")
     repo.commit()
     repo.write(name, "mine\n")
     before = repo.state()
-    words = agent(
+    words = world.agent(
         f"{ADD}\nimport os; os.mkdir('pkg'); os.remove('.gitignore')\n"
         "for name in ('pkg/a.py', 'settings.ini'): open(name, 'w')"
     )
@@ -486,17 +480,20 @@ def meanwhile(repo: Repository, tmp_path: Path, act: Callable[[], object], *opti
     return "".join(shown)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_checkout_that_is_edited_during_the_run_is_not_switched(repo: Repository, tmp_path: Path, level: str) -> None:
+@side_by_side
+def test_checkout_that_is_edited_during_the_run_is_not_switched(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     before = repo.state()
-    shown = meanwhile(repo, tmp_path, lambda: repo.write("calc.py", "mine = 1\n"), "--sandbox", level)
+    shown = meanwhile(repo, tmp_path, lambda: repo.write("calc.py", "mine = 1\n"), "--sandbox", "off")
     assert "HEAD stays where it is" in shown and "uncommitted changes" in shown
     assert theirs(repo.state(), "refs", "calc.py") == theirs(before, "refs", "calc.py")
     assert repo.git("diff", "--name-only", "main", "agent/issue") == "triple.py"
 
 
 @needs_bwrap
-def test_head_that_moved_during_the_run_is_not_switched(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_head_that_moved_during_the_run_is_not_switched(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     start = repo.git("rev-parse", "main")
     shown = meanwhile(repo, tmp_path, lambda: repo.commit("mine"))
     assert "it moved during the run" in shown
@@ -509,8 +506,7 @@ def test_head_that_moved_during_the_run_is_not_switched(repo: Repository, tmp_pa
 # ------------------------------------------------------------------------------------------ outside Git
 
 
-@pytest.fixture
-def folder(repo: Repository) -> Path:
+def outside_git(repo: Repository) -> Path:
     """The small app in a folder that is no repository."""
     shutil.rmtree(repo.path / ".git")
     return repo.path
@@ -527,8 +523,6 @@ def files(folder: Path) -> dict[str, bytes]:
     [
         (("issue-to-pr", "issue.md", "--simulate", "good"), 0, True),
         (("issue-to-pr", "issue.md", "--simulate", "bad"), 1, False),
-        (("issue-to-pr", "issue.md", "--simulate", "idle"), 4, False),
-        (("issue-to-pr", "issue.md", "--simulate", "good", "--dry-run"), 0, False),
         (("self-heal", "--simulate", "bad"), 0, True),
         (("self-heal", "--simulate", "stuck"), 2, False),
         (("self-heal", "--simulate", "stuck", "--dry-run"), 0, False),
@@ -536,9 +530,11 @@ def files(folder: Path) -> dict[str, bytes]:
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )
+@side_by_side
 def test_simulated_run_outside_git_leaves_demo_files_only_if_they_are_green(
-    folder: Path, words: tuple[str, ...], status: int, stays: bool
+    world: World, words: tuple[str, ...], status: int, stays: bool
 ) -> None:
+    folder = outside_git(world.repo)
     before = files(folder)
     result = Repository(folder).run(*words, "--gate", DEMO_GATE)
     assert result.status == status, result.out
@@ -548,7 +544,9 @@ def test_simulated_run_outside_git_leaves_demo_files_only_if_they_are_green(
     assert "this folder is no Git repository" in result.out
 
 
-def test_demo_files_of_the_users_own_are_put_back_outside_git(folder: Path) -> None:
+@side_by_side
+def test_demo_files_of_the_users_own_are_put_back_outside_git(world: World) -> None:
+    folder = outside_git(world.repo)
     for name in DEMO:
         (folder / name).write_text("mine = 1\n")
     before = files(folder)
@@ -559,10 +557,13 @@ def test_demo_files_of_the_users_own_are_put_back_outside_git(folder: Path) -> N
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_real_agent_outside_git_works_in_the_folder_itself(folder: Path, agent: Any, level: str) -> None:
+@side_by_side
+def test_real_agent_outside_git_works_in_the_folder_itself(world: World, level: str) -> None:
+    folder = outside_git(world.repo)
     (folder / "calc.py").write_text("def double(x):\n    return x + 2\n")
-    gate = f'{PYTHON} -c "import calc; assert calc.double(3) == 6"'
-    result = Repository(folder).run("self-heal", "--json", "--gate", gate, "--sandbox", level, agent=agent(FIX))
+    result = Repository(folder).run(
+        "self-heal", "--json", "--gate", RIGHT_GATE, "--sandbox", level, agent=world.agent(FIX)
+    )
     report = result.report
     assert (result.status, report["outcome"], report["branch"]) == (0, "proposed", None), result.err
     assert "no branch to propose from" in report["message"]

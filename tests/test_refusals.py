@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import agent_runner
-from conftest import CHEAP_GATE, PROGRAM, Repository, Result, needs_bwrap
+from conftest import CHEAP_GATE, PROGRAM, Repository, Result, World, needs_bwrap, side_by_side
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX file modes and programs")
 GOOD = ("issue-to-pr", "issue.md", "--simulate", "good")
@@ -222,7 +222,9 @@ def test_unusable_agent_command_is_refused(
         ("docs/nul.md", "is not UTF-8 text; save it as UTF-8"),
     ],
 )
-def test_unusable_instructions_are_refused(repo: Repository, hermetic: Path, name: str, says: str) -> None:
+@side_by_side
+def test_unusable_instructions_are_refused(world: World, name: str, says: str) -> None:
+    repo = world.repo
     repo.write("docs/nul.md", "a\0b")
     (repo.path / "docs/latin.md").write_bytes(b"\xe4")
     repo.commit()
@@ -231,7 +233,6 @@ def test_unusable_instructions_are_refused(repo: Repository, hermetic: Path, nam
     result = repo.run(*REAL, agent="true", env={"AGENT_CONFIG": name})
     assert (result.status, says in sentence(result.out)) == (3, True), result.out
     assert everything(repo.path) == before
-    assert not leftovers(hermetic)
 
 
 # ---------------------------------------------------------------------------------------- the gate's tools
@@ -359,7 +360,9 @@ def test_repository_of_somebody_else_is_refused_with_gits_own_remedy(
     assert "git config --global --add safe.directory" in refusal("self-heal", "--simulate", "bad")
 
 
-def test_partial_clone_that_lacks_files_of_the_base_is_refused(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_partial_clone_that_lacks_files_of_the_base_is_refused(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     repo.git("config", "uploadpack.allowFilter", "true")
     part = Repository(tmp_path / "part")
     words = ("--filter=blob:none", "--no-checkout", f"file://{repo.path}", str(part.path))
@@ -385,17 +388,19 @@ def signing_with(repo: Repository, tmp_path: Path, script: str) -> dict[str, Any
 
 
 @POSIX
-def test_signing_that_fails_is_refused(repo: Repository, hermetic: Path, tmp_path: Path) -> None:
+@side_by_side
+def test_signing_that_fails_is_refused(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     before = signing_with(repo, tmp_path, "echo 'gpg: no pinentry' >&2; exit 2")
     result = repo.run(*GOOD, "--gate", CHEAP_GATE)
     assert "unlock the key first, or run: git config commit.gpgSign false" in sentence(result.out)
-    assert everything(repo.path) == before and not leftovers(hermetic)
+    assert everything(repo.path) == before
 
 
 @POSIX
-def test_signing_that_waits_for_a_person_is_refused_and_ended(
-    repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@side_by_side
+def test_signing_that_waits_for_a_person_is_refused_and_ended(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     mark = tmp_path / "pid"
     before = signing_with(repo, tmp_path, f"echo $$ > {mark}; exec sleep 600")
     code = (
@@ -411,7 +416,9 @@ def test_signing_that_waits_for_a_person_is_refused_and_ended(
         os.kill(int(mark.read_text()), 0)
 
 
-def test_signing_that_works_signs_the_proposal(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_signing_that_works_signs_the_proposal(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     words = "echo '[GNUPG:] SIG_CREATED D 1 8 00 1 X' >&2; echo '-----BEGIN PGP SIGNATURE-----'; echo mine"
     signing_with(repo, tmp_path, f"cat > /dev/null; {words}; echo '-----END PGP SIGNATURE-----'")
     assert repo.run(*GOOD, "--gate", CHEAP_GATE).status == 0
@@ -419,7 +426,9 @@ def test_signing_that_works_signs_the_proposal(repo: Repository, tmp_path: Path)
 
 
 @POSIX
-def test_read_only_git_directory_is_refused(repo: Repository) -> None:
+@side_by_side
+def test_read_only_git_directory_is_refused(world: World) -> None:
+    repo = world.repo
     git_dir, under = str(repo.path / ".git"), []
     if os.getuid() == 0:
         if not shutil.which("bwrap"):
@@ -436,7 +445,9 @@ def test_read_only_git_directory_is_refused(repo: Repository) -> None:
 
 
 @needs_bwrap
-def test_machine_without_a_writable_cache_or_temporary_folder_is_refused(repo: Repository) -> None:
+@side_by_side
+def test_machine_without_a_writable_cache_or_temporary_folder_is_refused(world: World) -> None:
+    repo = world.repo
     before, top = everything(repo.path), str(repo.path)
     under = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--bind", top, top]
     result = repo.run(*GOOD, "--gate", CHEAP_GATE, "--sandbox", "off", under=under)
@@ -482,28 +493,34 @@ def test_branch_name_of_any_issue_name_is_valid(repo: Repository) -> None:
 
 
 @POSIX
-def test_issue_with_a_hostile_name_is_proposed(repo: Repository) -> None:
+@side_by_side
+def test_issue_with_a_hostile_name_is_proposed(world: World) -> None:
+    repo = world.repo
     repo.write("-x @{..}\n課 ~^:.lock.md", "\ufeff# Only a heading #\r\n")
     result = proposed(repo, "./-x @{..}\n課 ~^:.lock.md", "--simulate", "good", "--gate", CHEAP_GATE)
     assert result.report["branch"] == "agent/x"
     assert result.report["proposal"]["title"] == "Only a heading"
 
 
-def test_issue_on_standard_input_is_named_by_its_heading(repo: Repository) -> None:
+@side_by_side
+def test_issue_on_standard_input_is_named_by_its_heading(world: World) -> None:
+    repo = world.repo
     result = proposed(repo, "-", "--simulate", "good", "--gate", CHEAP_GATE, stdin="Hello.\n\n## Étagère: fix!\n")
     assert result.report["branch"] == "agent/Etagere-fix"
 
 
 @POSIX
-def test_agent_command_is_split_as_a_shell_splits_and_nothing_else_is_replaced(
-    repo: Repository, hermetic: Path
-) -> None:
-    tool = hermetic / "my tools" / "agent.sh"
-    tool.parent.mkdir()
+@side_by_side
+def test_agent_command_is_split_as_a_shell_splits_and_nothing_else_is_replaced(world: World) -> None:
+    repo = world.repo
+    home = world.path / "home"
+    tool = home / "my tools" / "agent.sh"
+    tool.parent.mkdir(parents=True)
     tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > words.txt; test -s "$3"\n')
     tool.chmod(0o755)
     words = "'{not ours} {}' $HOME {prompt_file} --brief={prompt_file} a\\ b ~ '*'"
-    report = proposed(repo, "issue.md", "--gate", CHEAP_GATE, agent=f"'~/my tools/agent.sh' {words}").report
+    command, env = f"'~/my tools/agent.sh' {words}", {"HOME": str(home)}
+    report = proposed(repo, "issue.md", "--gate", CHEAP_GATE, agent=command, env=env).report
     got = repo.git("show", f"{report['commit']}:words.txt").split("\n")
     assert (got[0], got[1], *got[4:]) == ("{not ours} {}", "$HOME", "a b", "~", "*")
     assert got[3] == f"--brief={got[2]}" and Path(got[2]).is_absolute()
@@ -560,9 +577,11 @@ def branch_in_another_work_tree(repo: Repository) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
+@side_by_side
 def test_state_in_which_a_proposal_can_be_made_is_left_as_it_is(
-    repo: Repository, state: Callable[[Repository], None], why_not_switched: str | None
+    world: World, state: Callable[[Repository], None], why_not_switched: str | None
 ) -> None:
+    repo = world.repo
     state(repo)
     head, before = repo.git("rev-parse", "HEAD"), repo.state()
     result = proposed(repo, "issue.md", "--simulate", "good", "--gate", CHEAP_GATE)
@@ -577,7 +596,9 @@ def test_state_in_which_a_proposal_can_be_made_is_left_as_it_is(
         assert report["branch"] == "agent/issue-2" and repo.git("rev-parse", "agent/issue") == head
 
 
-def test_run_without_a_home_or_cache_folder_uses_the_temporary_one(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_run_without_a_home_or_cache_folder_uses_the_temporary_one(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     (tmp_path / "tmp").mkdir()
     place = {"TMPDIR": str(tmp_path / "tmp")}
     proposed(repo, "issue.md", "--simulate", "good", "--gate", CHEAP_GATE, env=place | {"HOME": os.devnull})
@@ -587,7 +608,9 @@ def test_run_without_a_home_or_cache_folder_uses_the_temporary_one(repo: Reposit
 
 
 @needs_bwrap
-def test_user_whom_the_system_does_not_know_can_run(repo: Repository, tmp_path: Path) -> None:
+@side_by_side
+def test_user_whom_the_system_does_not_know_can_run(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     (tmp_path / "tmp").mkdir()
     env: dict[str, str | None] = {"HOME": None, "TMPDIR": str(tmp_path / "tmp")}
     under = ["bwrap", "--unshare-user", "--uid", "4242", "--gid", "4242", "--ro-bind", "/", "/", "--dev", "/dev"]
@@ -595,9 +618,11 @@ def test_user_whom_the_system_does_not_know_can_run(repo: Repository, tmp_path: 
     proposed(repo, "issue.md", "--simulate", "good", "--gate", CHEAP_GATE, env=env, under=under)
 
 
-def test_repository_that_is_the_home_folder_works(repo: Repository, tmp_path: Path, agent: Any) -> None:
+@side_by_side
+def test_repository_that_is_the_home_folder_works(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     (tmp_path / "tmp").mkdir()
     env = {"HOME": str(repo.path), "TMPDIR": str(tmp_path / "tmp")}
-    told = agent("#!/bin/sh\ngrep -q Triple $1 && gh 2>&1 | grep -q withheld && echo > new.txt")
+    told = world.agent("#!/bin/sh\ngrep -q Triple $1 && gh 2>&1 | grep -q withheld && echo > new.txt")
     proposed(repo, "issue.md", "--gate", CHEAP_GATE, agent=f"{told} {{prompt_file}}", env=env)
     assert not repo.git("status", "--porcelain")
