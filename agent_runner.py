@@ -899,13 +899,13 @@ def cache_root(top: Path) -> Path:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder that an agent may have locked, or nested deeper than Python can recurse."""
-    if path.is_symlink():
-        path.unlink()
-    with contextlib.suppress(OSError, RecursionError):
-        shutil.rmtree(path)
-    if os.path.lexists(path) and not WINDOWS:
-        call(["chmod", "-R", "u+rwX", path])
+    if WINDOWS:
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
         call(["rm", "-rf", path])
+        if os.path.lexists(path):
+            call(["chmod", "-R", "u+rwX", path])
+            call(["rm", "-rf", path])
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> Any:
@@ -926,19 +926,24 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Any:
     return handle
 
 
-def open_clone(private: PrivateGit, path: Path, seen: Path, commit: str, borrowed: Sequence[Path]) -> Clone:
-    """Check a commit out into a new folder with a Git directory of its own: no remote, no hook.
-
-    `borrowed` names the object folders as the processes that will work there see them.
-    """
-    repo, index = private.repo, private.folder / f"index-{path.parent.name}"
-    with contextlib.suppress(FileNotFoundError):
-        index.unlink()
+def check_out(private: PrivateGit, path: Path, seen: Path, commit: str) -> Clone:
+    """Write the files of a commit into a new folder."""
+    remove_folder(path.parent)
+    index = private.folder / f"index-{path.parent.name}"
+    index.unlink(missing_ok=True)
     path.mkdir(parents=True)
     status = path.stat()
     clone = Clone(path, seen, index, (status.st_dev, status.st_ino))
     private("read-tree", "--reset", "-u", commit, clone=clone)
-    own = path / ".git"
+    return clone
+
+
+def open_clone(private: PrivateGit, clone: Clone, commit: str, borrowed: Sequence[Path]) -> None:
+    """Give a folder a Git directory of its own: no remote, no hook.
+
+    `borrowed` names the object folders as the processes that will work there see them.
+    """
+    repo, own = private.repo, clone.path / ".git"
     for folder in ("objects/info", "refs/heads"):
         (own / folder).mkdir(parents=True)
     sha256 = "\tobjectFormat = sha256\n" if repo.object_format == "sha256" else ""
@@ -958,10 +963,9 @@ def open_clone(private: PrivateGit, path: Path, seen: Path, commit: str, borrowe
         ("objects/info/alternates", "".join(f"{folder}\n" for folder in borrowed)),
     ):
         (own / file).write_text(text, "utf-8", "surrogateescape", newline="\n")
-    shutil.copyfile(index, own / "index")
+    shutil.copyfile(clone.index_file, own / "index")
     with contextlib.suppress(FileNotFoundError):
         shutil.copyfile(private.dir / "shallow", own / "shallow")
-    return clone
 
 
 def follows_link(path: Path) -> bool:
@@ -998,7 +1002,7 @@ def carry_into(clone: Clone, top: Path) -> None:
 
 WITHHELD = re.compile(
     r"(GH|GITHUB|GITLAB|GL|GITEA|FORGEJO|CODEBERG|BITBUCKET|TEA|CI_JOB|CI_DEPLOY|CI_REGISTRY)_(\w+_)?"
-    r"(TOKEN|PASSWORD|PAT|JWT\w*|SSH_\w+)$|ACTIONS_|GITHUB_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$"
+    r"(TOKEN|PASSWORD|PAT|JWT\w*|SSH_\w+)$|ACTIONS_|(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$"
     r"|CI_(JOB_TOKEN|REPOSITORY_URL)|SSH_(AUTH_SOCK|AGENT_PID|ASKPASS)|SUDO_ASKPASS$|GIT_|AGENT_RUNNER_"
     r"|GH_CONFIG_DIR$|GLAB_CONFIG_DIR$"
     r"|(CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT)|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE)$"
@@ -1378,7 +1382,9 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     xdg += [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     free = [home, *(Path(p).resolve() for p in xdg if p)]
     sockets = (os.environ.get("SSH_AUTH_SOCK"), os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}")
-    stores = [home / name for name in STORES] + [Path(p) for p in sockets if p]
+    runner = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # files of orders to it
+    orders = [value for key, value in os.environ.items() if runner.match(key)]
+    stores = [home / name for name in STORES] + [Path(p) for p in (*sockets, *orders) if p]
     args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
 
     def mount(how: str, paths: Iterable[Path]) -> None:
@@ -1622,6 +1628,7 @@ class Run:
         self.baseline: Verdict | None = None
         self.stop = threading.Event()
         self.judging = threading.Lock()
+        self.removing: list[threading.Thread] = []
         self.edits = ""  # in the user's checkout
         self.saved_files: dict[str, Path] = {}
         self.remotes: list[Path] = []
@@ -1702,11 +1709,27 @@ class Run:
     def clone(self, kind: str, commit: str) -> Clone:
         """A disposable clone of a commit, with what the user carries along."""
         path = self.folder / kind / self.repo.top.name
-        remove_folder(path.parent)
         seen = self.repo.top if self.bwrap else path
-        clone = open_clone(self.private, path, seen, commit, self.borrowed_objects())
+        clone = self.take_ready(commit) if kind == "judge" else None
+        clone = clone or check_out(self.private, path, seen, commit)
+        open_clone(self.private, clone, commit, self.borrowed_objects())
         clone = clone._replace(carried=self.settings.carry)
         carry_into(clone, self.repo.top)
+        return clone
+
+    def make_ready(self) -> None:
+        """Check the base out for the judge while the agent works, where the kernel keeps the agent out."""
+        with self.judging:
+            if self.bwrap and not self.stop.is_set():
+                self.ready = check_out(self.private, self.judge_path, self.repo.top, self.base)
+
+    def take_ready(self, commit: str) -> Clone | None:
+        """That checkout with the difference to a commit written; none where the files would depend on the way."""
+        clone, self.ready = self.ready, None
+        paths = self.private("diff-tree", "-r", "-z", "--name-only", self.base, commit) if clone else ""
+        if clone is None or any(os.path.basename(path) == ".gitattributes" for path in zsplit(paths)):
+            return None
+        self.private("read-tree", "--reset", "-u", commit, clone=clone)
         return clone
 
     def in_place(self) -> Clone:
@@ -1715,15 +1738,25 @@ class Run:
         status = top.stat()
         return Clone(top, top, self.folder / "index-place", (status.st_dev, status.st_ino))
 
+    def discard(self, folder: Path) -> None:
+        """Remove a folder that has served, while the run goes on."""
+        trash = folder.with_name(f"trash-{time.monotonic_ns()}")
+        folder.rename(trash)
+        self.removing.append(threading.Thread(target=remove_folder, args=(trash,)))
+        self.removing[-1].start()
+
     def close(self) -> None:
         """End what a signal may have left running, and remove the run's folder."""
         if self.lock:
             end_strays()
+            for thread in self.removing:
+                thread.join()
             if not self.keep_folder:
                 remove_folder(self.folder)
             self.lock.close()
 
     lock: Any = None
+    ready: Clone | None = None
     keep_folder = False
     folder: Path
     private: PrivateGit
@@ -1781,8 +1814,8 @@ def recover(folder: Path, here: Repo) -> list[str]:
 NESTED = "a repository of its own, which no commit can hold"
 
 
-def unlock(top: Path) -> None:
-    """Give ourselves back the right to read all that lies in a folder; the agent may have taken it."""
+def unlock(top: Path, *, files: bool = False) -> None:
+    """Give ourselves back the right to read the folders, or all, that lies in one; the agent may have taken it."""
     top.chmod(0o700)
     folders = [os.fspath(top)]
     while folders:
@@ -1792,9 +1825,11 @@ def unlock(top: Path) -> None:
         for entry in entries:
             is_folder = entry.is_dir(follow_symlinks=False)
             folders += [entry.path] if is_folder else []
+            if not (is_folder or files) or entry.is_symlink():
+                continue
             wanted = stat.S_IRWXU if is_folder else stat.S_IRUSR
             with contextlib.suppress(OSError):
-                mode = 0o777 if entry.is_symlink() else entry.stat().st_mode
+                mode = entry.stat().st_mode
                 if mode & wanted != wanted:
                     os.chmod(entry.path, stat.S_IMODE(mode) | wanted)
 
@@ -1806,7 +1841,9 @@ def parents_of(path: str) -> Iterator[str]:
 
 def find_nested(clone: Clone, paths: Iterable[str], apart: set[str]) -> list[str]:
     """Folders of these paths that are repositories of their own, the clone itself and links left out."""
-    folders = {folder for path in paths for folder in parents_of(path)} - apart
+    folders = {os.path.dirname(path) for path in paths}
+    folders |= {parent for folder in folders for parent in parents_of(folder)}
+    folders -= {"", *apart}
     found = (f for f in folders if os.path.lexists(clone.path / f / ".git") and not follows_link(clone.path / f))
     return sorted(f for f in found if apart.isdisjoint(parents_of(f)))
 
@@ -1829,15 +1866,26 @@ def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]
     left_out = [path for path in sorted(apart) if apart.isdisjoint(parents_of(path))]
     left_out = [path for path in left_out if not follows_link(clone.path / os.path.dirname(path))]
     spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in left_out)
-    add = ("add", "-A", "--ignore-errors", "--pathspec-from-file=-", "--pathspec-file-nul")
-    try:
-        private(*add, clone=clone, stdin=os.fsencode(spec))
-    except GitError as error:  # a name that Git keeps for itself, a pipe in a file's place: told by what is left over
+    refused = add_all(private, clone, spec)
+    if refused and clone.path.is_relative_to(private.folder):  # of a file, too, the right to read may be gone
+        unlock(clone.path, files=True)
+        refused = add_all(private, clone, spec)
+    if refused:  # a name that Git keeps for itself, a pipe in a file's place: told by what is left over
         left = zsplit(private("ls-files", "-o", "-m", "--exclude-standard", "-z", clone=clone))
-        why = f"cannot be committed ({one_line(str(error))})"
+        why = f"cannot be committed ({refused})"
         left = [path for path in left if apart.isdisjoint((path.rstrip("/"), *parents_of(path)))]
         unfit += tuple(Finding("path", path, None, "rejects", why) for path in left)
     return private("write-tree", clone=clone).strip(), unfit
+
+
+def add_all(private: PrivateGit, clone: Clone, spec: str) -> str:
+    """Bring the index in line with the files that a pathspec names; what Git says if some cannot be added."""
+    try:
+        words = ("add", "-A", "--ignore-errors", "--pathspec-from-file=-", "--pathspec-file-nul")
+        private(*words, clone=clone, stdin=os.fsencode(spec))
+    except GitError as error:
+        return one_line(str(error))
+    return ""
 
 
 def ignored_files(private: PrivateGit, clone: Clone) -> tuple[str, ...]:
@@ -1845,8 +1893,12 @@ def ignored_files(private: PrivateGit, clone: Clone) -> tuple[str, ...]:
     return tuple(path for path in zsplit(listing) if path != ".git/")
 
 
-def read_start(private: PrivateGit, clone: Clone, base: str) -> Start:
-    if may_convert(private, clone):
+def read_start(private: PrivateGit, clone: Clone, base: str, *, fresh: bool) -> Start:
+    """The state that the agent's will be compared with. Of a `fresh` checkout there is as a rule nothing to read."""
+    converts = may_convert(private, clone)
+    if fresh and not converts:
+        return Start(base, private("rev-parse", f"{base}^{{tree}}").strip(), ())
+    if converts:
         private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
     tree, unfit = capture(private, clone)
     if bad := next((finding for finding in unfit if finding.kind != "nested"), None):
@@ -2284,7 +2336,7 @@ def judge(run: Run, commit: str) -> Verdict:
             names = run.private("diff-files", "--name-only", "-z", "--ignore-submodules=all", clone=clone, check=False)
             planted = zsplit(run.private("ls-files", "-o", "--directory", "-z", clone=clone))
             rewritten = zsplit(names) + [p for p in planted if os.path.basename(p) in CONFIG_NAMES]
-            remove_folder(clone.path.parent)
+            run.discard(clone.path.parent)
         tree = run.private("rev-parse", f"{commit}^{{tree}}").strip()
         return Verdict(tree, tuple(checks), rewritten=tuple(rewritten))
 
@@ -2885,7 +2937,7 @@ def run_tests_on(run: Run, tree: str, number: int, files: list[str], why: str) -
             if not all(check.passed for check in run_setup(run, clone, role="setup")):
                 return {}
             check = run_check(run, clone, shlex.join(command), command)
-        remove_folder(clone.path.parent)
+        run.discard(clone.path.parent)
     return check.tests or {}
 
 
@@ -2936,6 +2988,7 @@ def judge_base(run: Run, store: Path) -> Verdict:
         temporary = store.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(told), "utf-8")
         temporary.replace(store)
+        run.make_ready()
     if not verdict.passed:
         run.stop.set()  # no verdict on the agent's work could mean anything
     return verdict
@@ -3624,13 +3677,16 @@ def issue_to_pr(run: Run) -> Ending:
 @contextlib.contextmanager
 def baseline_beside(run: Run) -> Iterator[Callable[[], Verdict | None]]:
     """Judge the base while the body runs; yields a function that waits for the verdict."""
-    if not run.settings.baseline or not run.repo.common_dir:
+    if not run.repo.common_dir:
         yield lambda: None
         return
     store = run.records / "baseline" / f"{baseline_key(run)}.json"
-    if known := recall_baseline(store):
-        run.console.say("  the base is green, as an earlier run has judged")
-        yield lambda: known
+    known = recall_baseline(store) if run.settings.baseline else None
+    if known or not run.settings.baseline:
+        if known:
+            run.console.say("  the base is green, as an earlier run has judged")
+        with beside(run.stop, run.make_ready):
+            yield lambda: known
         return
 
     def wait() -> Verdict:
@@ -3705,7 +3761,8 @@ def prepare_workspace(run: Run) -> None:
             for check in run_setup(run, run.workspace, "setup"):
                 if not check.passed:
                     raise Refusal(f"--setup {check.command!r} failed: {check.reason}\n{telling_lines(check.output)}")
-    run.t0 = read_start(run.private, run.workspace, run.base)
+    fresh = bool(run.repo.common_dir and not run.settings.setup and not run.settings.carry)
+    run.t0 = read_start(run.private, run.workspace, run.base, fresh=fresh)
     run.ground_before = ground_state(run)
     for name in run.ground.unfaithful:
         run.console.say(f"  note: {name} is imported from your checkout, not from the clone, without the kernel level")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import CHEAP_GATE, PROGRAM, ROOT, Repository, Result, isolate, small_app
+from conftest import CHEAP_GATE, PROGRAM, ROOT, Repository, Result, isolate, needs_bwrap, small_app
 
 SCHEMA = json.loads((ROOT / "tests" / "report.schema.json").read_text(encoding="utf-8"))
 
@@ -477,6 +477,18 @@ def test_in_a_forges_runner_the_log_folds_and_the_summary_page_has_the_text(
     assert "agent │ ::error::a" in result.err
     text = Path(result.report["proposal"]["body_file"]).read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == text
+
+
+@needs_bwrap
+def test_agent_cannot_write_orders_to_a_forges_runner(repo: Repository, agent: Any, tmp_path: Path) -> None:
+    names = ("GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY", "FORGEJO_OUTPUT")
+    files = {name: str(repo.write(f"../runner/{name}", "").resolve()) for name in names}
+    order = "import os, sys\nassert not [name for name in os.environ if name.endswith(('_SUMMARY', '_OUTPUT'))]\n"
+    order += "for path in sys.argv[1:]:\n    try:\n        print('x=y', file=open(path, 'a'))\n"
+    order += "    except OSError as error:\n        print(error)\n"
+    result = repo.run(*shlex.split(CHEAP), agent=agent(order + TRIPLE, arguments=shlex.join(files.values())), env=files)
+    assert result.status == 0, result.out
+    assert [path for path in files.values() if Path(path).read_text(encoding="utf-8")] == []
 
 
 def test_outside_a_runner_no_command_of_its_is_printed_and_no_page_written(
