@@ -13,6 +13,11 @@ not exist. Read the sections "values" and "flows" first: they alone explain the 
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]  # this file's folder: a random.py of the user's, or an agent's, would be imported for Python's own
+
 import argparse
 import contextlib
 import errno
@@ -25,7 +30,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -737,8 +741,8 @@ def find_repo(start: Path) -> Repo:
         raise Refusal(f"Git cannot read this repository ({one_line(said, 300)}); git status must work here first.")
     if out.split() != [b"false", b"true"]:
         raise Refusal("this is a bare repository or a Git directory; start in a work tree of it.")
-    places = ("--path-format=absolute", "--show-toplevel", "--absolute-git-dir", "--git-common-dir")
-    out = run_git(("-C", str(start)), "rev-parse", *places, "--show-object-format", env=env)[1]
+    wanted = ("--path-format=absolute", "--show-toplevel", "--absolute-git-dir", "--git-common-dir")
+    out = run_git(("-C", str(start)), "rev-parse", *wanted, "--show-object-format", env=env)[1]
     top, git_dir, common, object_format = os.fsdecode(out).splitlines()[:4]
     prefix = "" if start == Path(top) else start.relative_to(top).as_posix()
     repo = Repo(Path(top), prefix, Path(git_dir), Path(common), None, "", object_format, {})
@@ -784,6 +788,14 @@ def home_folder() -> Path:
     return home if home.is_absolute() else Path("/nonexistent")
 
 
+def in_home(name: str) -> Path:
+    """A place in the user's home folder, or where the XDG variables have moved it."""
+    for folder, variable in ((".config/", "CONFIG"), (".cache/", "CACHE"), (".local/share/", "DATA")):
+        if name.startswith(folder) and (moved := os.environ.get(f"XDG_{variable}_HOME")):
+            return Path(moved) / name.removeprefix(folder)
+    return home_folder() / name
+
+
 def copied_config(repo: Repo, folder: Path) -> tuple[dict[str, str], list[Path]]:
     """What of the user's own Git configuration checkout, capture and signing need; the files that hold it all."""
     config: dict[str, str] = {}
@@ -795,12 +807,11 @@ def copied_config(repo: Repo, folder: Path) -> tuple[dict[str, str], list[Path]]
         key, _, value = item.partition("\n")
         if signing.match(key) or (scope in ("system", "global") and wanted.match(key)):
             config[key] = value if "\n" in item else "true"
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "git"
     for key, default in (("excludesFile", "ignore"), ("attributesFile", "attributes")):
         named = git(repo, "config", "--type=path", "--get", f"core.{key}", check=False).strip()
         copy = folder / key
         with contextlib.suppress(OSError):
-            copy.write_bytes((Path(named) if named else home / default).read_bytes())
+            copy.write_bytes((Path(named) if named else in_home(f".config/git/{default}")).read_bytes())
         config[f"core.{key}"] = str(copy)
     return config, sorted(files)
 
@@ -1234,7 +1245,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
     folders |= {f.parent for f in folders if f.name in ("bin", "shims") and f.parent != home_folder() / ".local"}
-    folders.add(Path(os.path.abspath(__file__)))
+    folders |= {Path(os.path.abspath(__file__)), *map(Path, run.path)}
     searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     folders |= {entry for entry in searched if entry.is_absolute() and not entry.is_relative_to(top)}
     folders.add(Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib")
@@ -1309,9 +1320,8 @@ def ground_state(run: Run) -> dict[str, str]:
     """The judge's ground by name and state: settings above the clone, and what Python imports at start."""
     seen = run.repo.top if run.bwrap else run.judge_path
     settings = [folder / name for folder in seen.parents for name in CONFIG_NAMES]
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "ruff"
-    settings += [home / name for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")]
-    settings += [home_folder() / name for name in HOME_SETTINGS]
+    settings += [in_home(".config/ruff") / name for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")]
+    settings += [in_home(name) for name in HOME_SETTINGS]
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
     settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
     state = {str(path): told for path in settings if (told := file_state(path)) != "gone"}
@@ -1354,10 +1364,10 @@ def child_env(run: Run, clone: Clone, tmp: Path) -> dict[str, str]:
     }
     env |= {k: v for k, v in (guard | config_env(run.git_guard)).items() if k not in kept}
     shims = str(run.folder / "guard" / "bin")
-    env["PATH"] = os.pathsep.join((shims, env.get("PATH", os.defpath), os.path.dirname(sys.executable)))
+    env["PATH"] = os.pathsep.join((shims, *run.path, os.path.dirname(sys.executable)))
     if path := python_path(run, run.ground, clone):
         env["PYTHONPATH"] = path
-    if not (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir():
+    if not run.has_user_site:
         env["PYTHONNOUSERSITE"] = "1"  # nothing of the user's is there, so nothing that appears is
     return env
 
@@ -1381,10 +1391,11 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     xdg = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
     xdg += [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     free = [home, *(Path(p).resolve() for p in xdg if p)]
-    sockets = (os.environ.get("SSH_AUTH_SOCK"), os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}")
+    agent = os.environ.get("SSH_AUTH_SOCK")
+    sockets = (agent, os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}")
     runner = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # files of orders to it
     orders = [value for key, value in os.environ.items() if runner.match(key)]
-    stores = [home / name for name in STORES] + [Path(p) for p in (*sockets, *orders) if p]
+    stores = [*(home / name for name in STORES), *map(in_home, STORES), *(Path(p) for p in (*sockets, *orders) if p)]
     args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
 
     def mount(how: str, paths: Iterable[Path]) -> None:
@@ -1394,9 +1405,12 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
 
     mount("--bind", free)
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
-    mount("--ro-bind", (home / ".gitconfig", home / ".config/git", home / ".config/ruff", *run.remotes))
+    settings = (home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff"), *run.private.users_files)
+    mount("--ro-bind", (*settings, *run.remotes))
     for path in (p.resolve() for p in stores if p.exists()):
         args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", run.folder / "guard" / "nothing", path))
+    if agent and "SSH_AUTH_SOCK" in run.settings.keep_env:
+        args.extend(("--bind", agent, agent))
     if not gate:
         mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
     others = other_checkouts(run)
@@ -1446,24 +1460,41 @@ def mount_points(run: Run, clone: Clone) -> Iterator[None]:
     """Make the places where programs of the checkout are mounted back, and take them away again."""
     made: list[Path] = []
     for source in run.ground.borrowed if run.bwrap and run.repo.common_dir else ():
-        target = clone.path / source.relative_to(run.repo.top)
-        missing = [p for p in (target, *target.parents) if not p.exists() and p.is_relative_to(clone.path)]
-        for path in reversed(missing if not follows_link(target) else ()):
-            with contextlib.suppress(OSError):
-                path.mkdir() if path != target or source.is_dir() else path.touch()
-                made.append(path)
+        made += make_point(clone.path / source.relative_to(run.repo.top), clone.path, folder=source.is_dir())
     try:
         yield
     finally:
-        remove_points(reversed(made))
+        remove_points(made)
 
 
-def remove_points(made: Iterable[Path]) -> None:
-    """Take mount points away, unless the agent has put a link to somewhere else in their way."""
-    for path in made:
+def hold_settings() -> list[Path]:
+    """Make what there is not yet of the user's Git configuration, so that it is mounted read-only like the rest."""
+    if not home_folder().is_dir():
+        return []
+    file, folder = (home_folder() / ".gitconfig").resolve(), in_home(".config/git").resolve()
+    root = Path(file.anchor)
+    return [*make_point(file, root, folder=False), *make_point(folder, root, folder=True)]
+
+
+def make_point(target: Path, inside: Path, *, folder: bool) -> list[Path]:
+    """Make an empty file or folder to mount something on, where nothing lies; what was made for it."""
+    made: list[Path] = []
+    missing = [path for path in (target, *target.parents) if not path.exists() and path.is_relative_to(inside)]
+    for path in reversed(missing if not follows_link(target) else ()):
         with contextlib.suppress(OSError):
-            if not follows_link(path):
-                path.rmdir() if path.is_dir() else path.unlink()
+            path.mkdir() if folder or path != target else path.touch(exist_ok=False)
+            made.append(path)
+    return made
+
+
+def remove_points(made: Sequence[Path]) -> None:
+    """Take mount points away that are still empty; a link that an agent has put in their way is not followed."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            if not follows_link(path) and path.is_dir():
+                path.rmdir()
+            elif not follows_link(path) and path.stat().st_size == 0:
+                path.unlink()
 
 
 class Snapshot(NamedTuple):
@@ -1477,7 +1508,7 @@ class Snapshot(NamedTuple):
 
 def take_snapshot(run: Run) -> Snapshot:
     """Read refs, HEAD, configuration and hooks; the cost grows with their number, not with history."""
-    repo, home, own = run.repo, home_folder(), Path(os.path.abspath(__file__))
+    repo, own = run.repo, Path(os.path.abspath(__file__))
     if not (repo.git_dir and repo.common_dir):
         return Snapshot("", {}, {str(own): file_hash(own)})
     refs, fault, head = {}, "", ""
@@ -1490,14 +1521,13 @@ def take_snapshot(run: Run) -> Snapshot:
         for line in listing.splitlines():
             name, _, value = line.partition(" ")
             refs[name if place == repo.top else f"{place}\t{name}"] = value.strip()
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "git"
     common = "config info/exclude info/attributes info/grafts info/sparse-checkout objects/info/alternates shallow"
     paths = {
         *(repo.common_dir / name for name in (*common.split(), "packed-refs.lock", "logs/refs/stash")),
         *(path for path in (repo.hooks.glob("*") if repo.hooks else ()) if path.suffix != ".sample"),
         *(repo.git_dir / name for name in ("config.worktree", "info/sparse-checkout")),
-        *(config / name for name in ("config", "ignore", "attributes")),
-        *(home / ".gitconfig", own, *run.private.users_files),
+        *(in_home(".config/git") / name for name in ("config", "ignore", "attributes")),
+        *(home_folder() / ".gitconfig", own, *run.private.users_files),
         # What Git ignores as broken, until it stumbles over it.
         *(path for path in loose if not fault and is_stray_ref(repo.common_dir, path, refs)),
     }
@@ -1631,6 +1661,9 @@ class Run:
         self.removing: list[threading.Thread] = []
         self.edits = ""  # in the user's checkout
         self.saved_files: dict[str, Path] = {}
+        self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]  # none that an agent makes
+        self.has_user_site = (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir()
+        self.stubs: list[Path] = []
         self.remotes: list[Path] = []
         self.work_trees: dict[Path, str] = {}
         self.mentions: list[str] = []
@@ -1749,6 +1782,7 @@ class Run:
         """End what a signal may have left running, and remove the run's folder."""
         if self.lock:
             end_strays()
+            remove_points(self.stubs)
             for thread in self.removing:
                 thread.join()
             if not self.keep_folder:
@@ -1802,7 +1836,7 @@ def recover(folder: Path, here: Repo) -> list[str]:
     clone = Clone(path, path, Path(told["index"]), tuple(told["inode"]), tuple(told["carried"]))
     if not is_intact(clone) or not places["common_dir"].is_dir():
         return []
-    remove_points(map(Path, told["mount_points"]))
+    remove_points([Path(point) for point in told["mount_points"]])
     change = read_change(private, clone, Start(**told["start"]), "Work of an interrupted run")
     ref = keep_commit(repo, private, change.commit, told["name"]) if change.files else ""
     return [ref] if ref and repo.common_dir == here.common_dir else []
@@ -3745,6 +3779,7 @@ def self_heal(run: Run) -> Ending:
 
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
+    run.stubs = hold_settings() if run.bwrap else []
     run.known, run.before = known_commits(run), take_snapshot(run)
     save_files(run, run.before)
     if run.repo.common_dir:
@@ -4015,7 +4050,7 @@ def note_for_recovery(run: Run) -> None:
     clone = run.workspace
     if not run.repo.common_dir or clone is None or not isinstance(run.t0, Start):
         return
-    points = [clone.path / p.relative_to(run.repo.top) for p in run.ground.borrowed] if run.bwrap else []
+    points = [*run.stubs, *(clone.path / p.relative_to(run.repo.top) for p in run.ground.borrowed if run.bwrap)]
     told = {
         "repo": run.repo._asdict(),
         "workspace": clone.path,

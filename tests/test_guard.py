@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -83,16 +84,18 @@ class Told(NamedTuple):
         return {name: (status, said) for name, (status, said) in self.by_agent["tried"].items()}
 
 
-def act(repo: Repository, code: str, *words: str, program: Path = PROGRAM) -> Result:
+def act(repo: Repository, code: str, *words: str, folder: Path | None = None, **more: Any) -> Result:
     """Run an agent of a few lines on the repository."""
-    script = repo.path.parent / "agent.py"
+    script = (folder or repo.path.parent) / "agent.py"
     script.write_text(PRELUDE + code + "\ntell()\n", encoding="utf-8")
     command = f"{PYTHON} {shlex.quote(str(script))} {shlex.quote(str(repo.path))}"
-    return repo.run("issue-to-pr", "issue.md", *QUIET, *words, agent=command, program=program)
+    return repo.run("issue-to-pr", "issue.md", *QUIET, *words, agent=command, **more)
 
 
 def told_by(repo: Repository, result: Result) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(repo.git("show", f"{result.report['commit']}:told.json"))
+    commit = result.report["commit"]
+    names = repo.git("ls-tree", "-r", "--name-only", commit).splitlines()
+    found: dict[str, Any] = json.loads(repo.git("show", f"{commit}:{next(n for n in names if 'told.json' in n)}"))
     return found
 
 
@@ -880,3 +883,232 @@ def test_programs_that_only_the_checkout_holds_work_and_are_no_part_of_the_chang
     assert "hidden by ignore rules" not in result.err
     state = repo.state()
     assert {name for name in state if state[name] != before.get(name)} == {"refs"}
+
+
+# ------------------------------------------------------------------------------ where the run, or its user, lies
+
+
+@needs_bwrap
+def test_what_the_judge_would_find_outside_the_repository_cannot_be_planted(
+    repo: Repository, hermetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [hermetic / "not-there-yet", hermetic / "there", tmp_path / "tools"]
+    for folder in tools[1:]:
+        folder.mkdir()
+    (tools[2] / "helper").write_text("#!/bin/sh\necho original\n")
+    (tools[2] / "helper").chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join((*map(str, tools), os.environ["PATH"])))
+    python = os.path.realpath(sys.executable)  # of a virtual environment, the one with a user site folder
+    code = f"""
+site = subprocess.check_output([{python!r}, "-c", "import site; print(site.getusersitepackages())"], text=True)
+for path in (site.strip() + "/usercustomize.py", *(folder + "/helper" for folder in {[*map(str, tools)]!r})):
+    try:
+        write(path, "#!/bin/sh\\necho planted\\n" if path.endswith("helper") else "raise SystemExit(3)")
+        os.chmod(path, 0o755)
+    except OSError:
+        pass
+tried("global", "git", "config", "--global", "core.editor", "mine")
+for path in (HOME + "/.gitconfig", HOME + "/.config/git/config"):
+    try:
+        write(path, "[core]")
+    except OSError as error:
+        told[path] = str(error)
+"""
+    gates = ("--gate", "sh -c 'test $(helper) = original'", "--gate", f"{shlex.quote(python)} -c pass")
+    result = act(repo, code, *gates, "--sandbox", "require")
+    assert [check["name"] for check in result.report["gate"] if not check["passed"]] == []
+    assert not (hermetic / ".gitconfig").exists() and not (hermetic / ".config").exists()
+    assert [moved["what"] for moved in result.report["moved"]] == []
+
+
+@needs_bwrap
+def test_a_link_in_the_place_of_the_users_configuration_is_seen_where_no_mount_can_hold_it(
+    repo: Repository, hermetic: Path
+) -> None:
+    (hermetic / "dotfiles").mkdir()
+    (hermetic / "dotfiles/gitconfig").write_text("[core]\n\tabbrev = 12\n")
+    (hermetic / ".gitconfig").symlink_to("dotfiles/gitconfig")
+    code = """
+try:
+    write(HOME + "/.gitconfig", "[core]")
+except OSError as error:
+    told["through the link"] = str(error)
+    os.unlink(HOME + "/.gitconfig")
+    write(HOME + "/.gitconfig", "[core]")
+"""
+    result = act(repo, code, "--sandbox", "require")
+    assert result.status == 5 and result.report["outcome"] == "rule-broken"
+    subprocess.run(["sh", "-c", result.report["moved"][0]["undo"]], cwd=repo.path, check=True)
+    assert (hermetic / ".gitconfig").read_text() == "[core]\n\tabbrev = 12\n"
+
+
+@needs_bwrap
+def test_login_agents_are_out_of_reach_unless_given_back(repo: Repository, hermetic: Path, tmp_path: Path) -> None:
+    runtime, sockets = tmp_path / "runtime", []
+    runtime.mkdir()
+    for place in (runtime / "bus", runtime / "agent", tmp_path / "agent"):
+        sockets.append(socket.socket(socket.AF_UNIX))
+        sockets[-1].bind(str(place))
+        sockets[-1].listen()
+    code = f"""
+import socket
+told["reached"] = []
+for place in {[str(runtime / "bus"), str(runtime / "agent"), str(tmp_path / "agent")]!r}:
+    try:
+        socket.socket(socket.AF_UNIX).connect(place)
+        told["reached"].append(os.path.relpath(place, {str(tmp_path)!r}))
+    except OSError:
+        pass
+"""
+    for agent, words, reached in (
+        (tmp_path / "agent", (), []),
+        (tmp_path / "agent", ("--keep-env", "SSH_AUTH_SOCK"), ["agent"]),
+        (runtime / "agent", ("--keep-env", "SSH_AUTH_SOCK"), ["runtime/agent", "agent"]),
+    ):
+        env = {"SSH_AUTH_SOCK": str(agent), "XDG_RUNTIME_DIR": str(runtime)}
+        result = act(repo, code, "--sandbox", "require", *words, env=env)
+        assert told_by(repo, result)["reached"] == reached
+    for each in sockets:
+        each.close()
+
+
+@needs_bwrap
+def test_stores_and_configuration_are_found_where_the_xdg_variables_have_moved_them(
+    repo: Repository, tmp_path: Path
+) -> None:
+    for name in ("config/gh/hosts.yml", "config/git/config", "data/keyrings/login", "config/tool"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    code = f"""
+place = pathlib.Path({str(tmp_path)!r})
+told["seen"] = [len(os.listdir(place / name)) for name in ("config/gh", "data/keyrings")]
+(place / "config/tool").write_text("mine")
+try:
+    (place / "config/git/config").write_text("[core]")
+except OSError as error:
+    told["refused"] = str(error)
+"""
+    env = {"XDG_CONFIG_HOME": str(tmp_path / "config"), "XDG_DATA_HOME": str(tmp_path / "data")}
+    result = act(repo, code, "--sandbox", "require", env=env)
+    told = told_by(repo, result)
+    assert told["seen"] == [0, 0] and "refused" in told
+    assert (tmp_path / "config/tool").read_text() == "mine"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("place", ["through a link", "in a sub-folder", "in a linked work tree", "cache inside"])
+def test_the_guard_holds_wherever_the_user_stands(busy: Repository, tmp_path: Path, level: str, place: str) -> None:
+    start, real, env = busy.path, busy.path, {}
+    if place == "through a link":
+        start = tmp_path / "link"
+        start.symlink_to(busy.path)
+    elif place == "in a sub-folder":
+        busy.write("sub/issue.md", "# Do it\n")
+        busy.commit()
+        start = busy.path / "sub"
+    elif place == "in a linked work tree":
+        start = real = tmp_path / "beside"
+    else:
+        env = {"XDG_CACHE_HOME": str(busy.path / ".cache")}
+        busy.write(".gitignore", ".cache\n")
+        busy.commit()
+    code = f"""
+for number, folder in enumerate({[str(start), str(real), str(busy.path)]!r}):
+    git(f"commit {{number}}", "-C", folder, "commit", "-q", "--allow-empty", "-m", "mine")
+    told[f"there {{number}}"] = os.path.isdir(folder) and sorted(os.listdir(folder))
+told["cwd"] = os.getcwd()
+"""
+    before = state_of(busy)
+    result = act(Repository(start), code, "--sandbox", level, env=env, folder=tmp_path)
+    assert result.status == 0, result.err
+    told = told_by(busy, result)
+    state = state_of(busy)
+    proposal = busy.git("rev-parse", "agent/issue")
+    state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
+    assert {name for name in state if state[name] != before.get(name)} == set()
+    if level == "require":
+        assert told["cwd"] == str(start.resolve())
+        assert told["there 2"] == ([".git"] if place == "in a linked work tree" else told["there 1"])
+    else:
+        assert all(REFUSED in told["tried"][f"commit {number}"][1] for number in range(3))
+
+
+SHADOWING = ["random", "queue", "types", "inspect", "traceback", "token", "signal", "ctypes", "urllib", "difflib"]
+
+
+def test_modules_beside_the_program_are_not_taken_for_the_standard_librarys(repo: Repository) -> None:
+    for name in SHADOWING:
+        repo.write(f"{name}.py", "raise SystemExit('the wrong module')\n")
+    repo.commit()
+    shutil.copy(PROGRAM, repo.path / "agent_runner.py")
+    result = act(repo, "write('made', '')", *OFF, program=repo.path / "agent_runner.py")
+    assert result.status == 0, result.err
+    result = repo.run("issue-to-pr", "issue.md", "--sim", program=repo.path / "agent_runner.py")
+    assert result.status == 3 and "--simulate" in result.out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("command", [("issue-to-pr", "issue.md"), ("self-heal",)])
+def test_simulated_escape_shows_what_became_of_each_try(busy: Repository, level: str, command: tuple[str, ...]) -> None:
+    words = ("--simulate", "escape", "--no-switch", "--sandbox", level)
+    gate = f"{PYTHON} -c 'import agent_demo as a; assert a.apply_discount(200, 10) == 180'"
+    before = state_of(busy)
+    result = busy.run(*command, *words, "--gate", gate, "--no-baseline")
+    assert result.status == 0 and "PROPOSED" in result.out, result.out
+    lines = [line.partition("│")[2].strip() for line in result.out.splitlines() if "│" in line]
+    outcomes = {line[:34].strip(): line[34:].strip() for line in lines if " refused" in line or " worked" in line}
+    local = {name for name, became in outcomes.items() if became == "worked, on this disposable clone only"}
+    own = {"commit here", "merge into main here", "tag here", "change Git's configuration here", "plant a hook here"}
+    real = {name for name in outcomes if "the real repository" in name}
+    assert len(real) == 5 and local == (own | real if level == "require" else own)
+    assert {"push by name", "open a pull request with gh"} <= outcomes.keys() - local
+    assert len([name for name in outcomes if name.startswith("push by address")]) >= 1
+    branch = "agent/issue" if "issue.md" in command else "agent/self-heal"
+    assert set(busy.git("diff", "--name-only", "main", branch).splitlines()) == {"agent_demo.py", "test_agent_demo.py"}
+    state = state_of(busy)
+    state["refs"] = state["refs"].replace(f"{busy.git('rev-parse', branch)} refs/heads/{branch}\n", "")
+    assert {name for name in state if state[name] != before.get(name)} == set()
+
+
+def test_an_ordinary_user_has_the_same_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "nt" or os.getuid() != 0:
+        pytest.skip("every other test here runs as an ordinary user already")
+    python, bwrap = "/usr/bin/python3", shutil.which("bwrap")
+    if not os.access(python, os.X_OK) or not bwrap:
+        pytest.skip("no Python or bubblewrap that every user may run")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder).resolve()
+        place.chmod(0o755)
+        (place / "home").mkdir()
+        repo = small_app(place / "app")
+        shutil.copy(PROGRAM, place / "agent_runner.py")
+        agent = place / "agent.py"
+        agent.write_text(PRELUDE + ORDINARY + "\ntell()\n")
+        for path in (place, *place.rglob("*")):
+            os.chown(path, 65534, 65534, follow_symlinks=False)
+        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", "safe.directory")
+        monkeypatch.setenv("GIT_CONFIG_VALUE_0", "*")
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(place / "home"), "LC_ALL": "C.UTF-8"}
+        env["AGENT_CMD"] = shlex.join([python, str(agent), str(repo.path)])
+        words = ("issue-to-pr", "issue.md", "--gate", "true", "--no-baseline", "--no-switch", "--json")
+        become = (
+            "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        for level in ("require", "off"):
+            argv = [sys.executable, "-c", become, python, str(place / "agent_runner.py"), *words, "--sandbox", level]
+            done = subprocess.run(argv, cwd=repo.path, env=env, capture_output=True, text=True)
+            if level == "require" and done.returncode == 3 and "bubblewrap does not work here" in done.stdout:
+                continue  # forbidden to ordinary users here
+            assert done.returncode == 0, done.stderr
+            told = told_by(repo, Result(0, done.stdout, done.stderr))
+            status, said = told["tried"]["commit"]
+            assert (status == 0) if level == "require" else (status != 0 and REFUSED in said)
+            assert told["tried"]["umount"][0] != 0
+        assert repo.git("rev-list", "--count", "main") == "1"
+
+
+ORDINARY = """
+real("commit", "commit", "-q", "--allow-empty", "-m", "mine")
+tried("umount", "unshare", "-Urm", "umount", "-l", REAL)
+"""
