@@ -102,8 +102,9 @@ def test_simulated_variant_ends_as_documented(
     world: World, command: str, name: str, status: int, outcome_word: str, gate: str
 ) -> None:
     repo, before = world.repo, world.repo.state()
-    issue = ("issue.md", "--no-baseline", "--agent-timeout", "0.5") if command == "issue-to-pr" else ()
-    result = repo.run(command, *issue, "--simulate", name, "--json", "--gate", gate)
+    issue = ("issue.md", "--no-baseline") if command == "issue-to-pr" else ()
+    limit = ("--agent-timeout", "0.5") if name == "hang" else ()
+    result = repo.run(command, *issue, *limit, "--simulate", name, "--json", "--gate", gate)
     assert (result.status, result.report["outcome"]) == (status, outcome_word), result.out + result.err
     if outcome_word == "proposed":
         assert len(branches(repo)) == 2 and repo.git("rev-parse", "main") in before["refs"]
