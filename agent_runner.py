@@ -1543,11 +1543,15 @@ def is_stray_ref(common_dir: Path, path: Path, refs: dict[str, str]) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """Where a link leads, or a file's mode and the hash of its content; nothing where there is no file."""
+    """Where a link leads, or a file's mode and the hash of its content; nothing where there is no file.
+
+    An empty file says nothing either, but for a lock: a run beside this one may hold one in HOME.
+    """
     with contextlib.suppress(OSError):
         if path.is_symlink():
             return f"link {os.readlink(path)}"
-        return f"{path.stat().st_mode:o} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        data = path.read_bytes()
+        return f"{path.stat().st_mode:o} {hashlib.sha256(data).hexdigest()}" if data or path.suffix == ".lock" else ""
     return ""
 
 
