@@ -838,13 +838,12 @@ class PrivateGit:
         """Take objects, the shallow boundary and the user's own excludes from the repository."""
         info = self.dir / "info"
         info.mkdir(exist_ok=True)
-        if not self.repo.common_dir:
-            return
-        alternates = "".join(f"{folder}\n" for folder in object_folders(self.repo))
-        (self.dir / "objects" / "info" / "alternates").write_text(alternates, "utf-8", "surrogateescape")
-        for source, copy in (("shallow", self.dir / "shallow"), ("info/exclude", info / "exclude")):
-            with contextlib.suppress(FileNotFoundError):
-                copy.write_bytes((self.repo.common_dir / source).read_bytes())
+        if self.repo.common_dir:
+            alternates = "".join(f"{folder}\n" for folder in object_folders(self.repo))
+            (self.dir / "objects" / "info" / "alternates").write_text(alternates, "utf-8", "surrogateescape")
+            for source, copy in (("shallow", self.dir / "shallow"), ("info/exclude", info / "exclude")):
+                with contextlib.suppress(FileNotFoundError):
+                    copy.write_bytes((self.repo.common_dir / source).read_bytes())
         with open(info / "exclude", "ab") as excludes:
             excludes.write(b"\n__pycache__/\n")  # whoever runs the tests leaves these, ignored or not
 
@@ -1440,6 +1439,8 @@ def guarded_job(
     if role == "gate":  # no cache that others could have written to
         env["RUFF_NO_CACHE"] = "true"
         env.pop("PYTHONPYCACHEPREFIX", None)
+        if not run.repo.common_dir:  # in place, the agent's bytecode lies beside the code
+            env |= {"PYTHONPYCACHEPREFIX": str(run.folder / "guard" / "empty"), "PYTHONDONTWRITEBYTECODE": "1"}
     program = find_program(words[0], run.start)
     if program and program.is_relative_to(run.repo.top) and run.repo.common_dir and not run.bwrap:
         own = clone.path / program.relative_to(run.repo.top)
