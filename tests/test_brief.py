@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from typing import Any
@@ -80,6 +81,25 @@ def test_html_comment_is_taken_out_where_a_reader_does_not_see_it(text: str, lef
 )
 def test_what_only_looks_like_code_hides_no_comment_from_the_cleaning(text: str) -> None:
     assert "hidden" not in clean_issue(text)[0]
+
+
+def test_comment_survives_only_where_a_code_span_shows_it() -> None:
+    chance = random.Random(1)
+    for _ in range(20_000):
+        parts = chance.choices(("`", "`", "``", "```", "<!-- hidden -->", "x", "\na ", "\\"), k=chance.randint(3, 14))
+        text = "a " + "".join(parts)
+        assert clean_issue(text)[0].count("hidden") <= shown_as_code(text).count("hidden"), text
+
+
+def shown_as_code(text: str) -> str:
+    """What Markdown shows of a paragraph's code spans: a run of backticks pairs with the next of its length."""
+    shown, at = "", 0
+    while match := re.compile(r"`+|<!--.*?-->|\\.").search(text, at):
+        at = match.end()
+        end = re.compile(rf"(?<!`){match[0]}(?!`)").search(text, at) if match[0].startswith("`") else None
+        if end:
+            shown, at = shown + text[at : end.start()], end.end()
+    return shown
 
 
 @pytest.mark.parametrize(
