@@ -2476,12 +2476,11 @@ LOOSE = re.compile(  # lines that count wherever they stand
     r"|\b(pytest|ruff)[\"']?\s*=\s*[\"'][\w.]+:)"
 )
 MARKERS = re.compile(
-    r"\bmark\s*\.\s*(skip|xfail|usefixtures)|\bpytest\.(skip|xfail|importorskip|param\(.*marks)|\bunittest\.(skip|expected)"
-    r"|\bSkipTest\b|\.skipTest\(|\bexpectedFailure\b|\b__test__\s*=|\bcollect_ignore|doctest:\s*\+SKIP"
+    r"\b(mark\s*\.\s*(skip|xfail|usefixtures)|pytest\.(skip|xfail|importorskip|param\(.*marks)|unittest\.(skip|expected)"
+    r"|SkipTest\b|expectedFailure\b|__test__\s*=|collect_ignore|(es|ts)lint-disable"
+    r"|(it|test|describe)\.(skip|todo|only)\(|[fx](it|describe)\(|t\.Skip\()|\.skipTest\(|doctest:\s*\+SKIP"
     r"|#.*\bnoqa\b|#\s*(ruff\s*:|pragma:\s*no\s*cover|pylint:\s*disable|(mypy|pyright|ty|type)\s*:\s*ignore"
-    r"|mypy:|pyright:|fmt:\s*(off|skip)|nosec|pyre-)|\b(es|ts)lint-disable|@ts-(ignore|nocheck|expect-error)"
-    r"|\b(it|test|describe)\.(skip|todo|only)\(|\bf(it|describe)\(|\bx(it|describe)\(|\bt\.Skip\("
-    r"|#\[ignore|@(Ignore|Disabled)\b",
+    r"|mypy:|pyright:|fmt:\s*(off|skip)|nosec|pyre-)|@ts-(ignore|nocheck|expect-error)|#\[ignore|@(Ignore|Disabled)\b",
     re.IGNORECASE,
 )
 RUNNER = re.compile(
@@ -2502,9 +2501,9 @@ UNREAD_BY_LINTER = re.compile(  # folders that ruff leaves out by default
 SHADOWED = {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy", "iniconfig", "ruff", "coverage", "packaging"}
 SHADOWED |= {"pygments", "tomli", "exceptiongroup", "sitecustomize", "usercustomize"}
 TOKENS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40}"
-    r"|\bgl(pat|rt|dt)-[\w-]{20}|\bx(ox[abposr]|app)-[\w-]{10}|\bsk-(?=[\w-]*\d)[\w-]{20}|\b[rs]k_live_\w{16}"
-    r"|\bAIza[\w-]{35}|\bnpm_[A-Za-z0-9]{36}|\bpypi-AgE[\w-]{20}|\bhf_[A-Za-z0-9]{30}|\bdop_v1_\w{40}|\bSG\.[\w-]{20}"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(A[KS]IA[0-9A-Z]{16}\b|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40}"
+    r"|gl(pat|rt|dt)-[\w-]{20}|x(ox[abposr]|app)-[\w-]{10}|sk-(?=[\w-]*\d)[\w-]{20}|[rs]k_live_\w{16}"
+    r"|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{20}|hf_[A-Za-z0-9]{30}|dop_v1_\w{40}|SG\.[\w-]{20})"
 )
 
 
