@@ -103,7 +103,7 @@ def test_limits_end_agent_gate_and_setup_with_all_they_started(repo: Repository,
             assert (report["outcome"], report["attempts"][0]["timed_out"]) == ("agent-failed", True), how
             assert how == "hang" or "triple" in repo.git("show", f"{report['kept']}:calc.py"), how
         elif how == "ends":
-            assert report["outcome"] == "proposed"
+            assert report["outcome"] == "proposed", report["message"]
         else:
             assert result.status == {"--gate": 1, "--setup": 3}[how]
             assert "took longer than its limit" in report["message"]

@@ -1,0 +1,172 @@
+"""What the supervision costs on this machine: python tests/benchmark.py [--quick]
+
+Prints a table: (a) and (b) a whole run beside its bare gate, (c) the time until the agent starts beside
+`git worktree add`, (d) the time from the agent's end to the start of the verdict, (e) the supervisor's memory.
+Everything happens in a temporary folder, with a HOME of its own. ruff and pytest must be on PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+PROGRAM = Path(__file__).resolve().parent.parent / "agent_runner.py"
+STAMP = "import sys, time; open(sys.argv[1], 'a').write(f'{time.time()}\\n')"
+PEAK = """
+import atexit, re, runpy, sys
+file = sys.argv[1]
+del sys.argv[:2]
+status = lambda: open("/proc/self/status").read()
+atexit.register(lambda: open(file, "w").write(re.search(r"VmHWM:\\s+(\\d+) kB", status())[1]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Bench:
+    """A folder to measure in, and the rows of the table."""
+
+    def __init__(self, folder: Path, *, sandbox: str, rounds: int) -> None:
+        self.folder, self.sandbox, self.rounds = folder, sandbox, rounds
+        self.home = folder / "home"
+        self.home.mkdir()
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "AGENT_", "XDG_", "PYTHON"))}
+        self.env = keep | {"HOME": str(self.home), "GIT_CONFIG_NOSYSTEM": "1", "NO_COLOR": "1"}
+        self.env["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), self.env["PATH"]))
+
+    def call(self, *words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> float:
+        """Run a command; its wall-clock time in seconds."""
+        started = time.perf_counter()
+        done = subprocess.run(words, cwd=cwd, env=self.env | (env or {}), capture_output=True)
+        seconds = time.perf_counter() - started
+        if done.returncode != 0:
+            raise SystemExit(f"{shlex.join(map(str, words))} failed:\n{(done.stdout + done.stderr).decode()}")
+        return seconds
+
+    def run(self, repo: Path, *words: str, agent: str = "", before: Sequence[str | Path] = ()) -> float:
+        """One run of the program, on a repository that is as before once it is over."""
+        options = ("issue-to-pr", "issue.md", "--no-switch", "--sandbox", self.sandbox)
+        seconds = self.call(sys.executable, *before, PROGRAM, *options, *words, cwd=repo, env={"AGENT_CMD": agent})
+        self.call("git", "branch", "-q", "-D", "agent/issue", cwd=repo)
+        return seconds
+
+    def repository(self, files: int) -> Path:
+        """A repository with a passing test and so many files of a kilobyte in folders of a hundred."""
+        path = self.folder / f"repo-{files}"
+        path.mkdir()
+        (path / "calc.py").write_text("def double(x):\n    return x * 2\n")
+        (path / "test_calc.py").write_text(
+            "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n"
+        )
+        (path / "issue.md").write_text("# Triple a number\n\n`triple(x)` returns three times x.\n")
+        for number in range(files):
+            file = path / f"data/{number // 10_000}/{number // 100}/{number}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{number}\n" * 150)
+        for words in (
+            ["init", "-q", "-b", "main"],
+            ["config", "user.name", "Ada"],
+            ["config", "user.email", "ada@x.invalid"],
+        ):
+            self.call("git", *words, cwd=path)
+        self.call("git", "add", "-A", cwd=path)
+        self.call("git", "commit", "-q", "-m", "start", cwd=path)
+        return path
+
+
+def beside_bare_gate(bench: Bench) -> list[str]:
+    """(a) A whole run, beside `ruff check .` and `pytest -q` by hand, in turns."""
+    repo, bare, ours = bench.repository(0), [], []
+    bench.run(repo, "--simulate", "good")  # remembers the baseline
+    for _ in range(bench.rounds):
+        bare.append(sum(bench.call(*words.split(), cwd=repo) for words in ("ruff check .", "pytest -q")))
+        ours.append(bench.run(repo, "--simulate", "good"))
+    return row("(a) run / bare gate", median(ours), median(bare), "1.5")
+
+
+def beside_long_gate(bench: Bench) -> list[str]:
+    """(b) The same with a gate of ten seconds."""
+    repo, bare, ours = bench.folder / "repo-0", [], []
+    words = ("--simulate", "good", "--gate", "sleep 10")
+    bench.run(repo, *words)
+    for _ in range(max(1, bench.rounds // 5)):
+        bare.append(bench.call("sleep", "10", cwd=repo))
+        ours.append(bench.run(repo, *words))
+    return row("(b) run / gate of ten seconds", median(ours), median(bare), "1.02")
+
+
+def on_way_to_agent_and_verdict(bench: Bench, files: int) -> list[list[str]]:
+    """(c) Start of the run to start of the agent; (d) from its end, after a one-line change, to the gate's start."""
+    repo, stamps = bench.repository(files), bench.folder / "stamps"
+    stamp = shlex.join([sys.executable, "-S", "-c", STAMP, str(stamps)])
+    edit = f"{STAMP}\nopen('calc.py', 'a').write('# a line\\n')\n{STAMP}"
+    agent = shlex.join([sys.executable, "-S", "-c", edit, str(stamps)])
+    added, started, judged = [], [], []
+    for _ in range(max(3, bench.rounds // 3)):
+        added.append(bench.call("git", "worktree", "add", "-q", "--detach", bench.folder / "tree", cwd=repo))
+        bench.call("git", "worktree", "remove", "--force", bench.folder / "tree", cwd=repo)
+        stamps.unlink(missing_ok=True)
+        begun = time.time()
+        bench.run(repo, "--no-baseline", "--gate", stamp, agent=agent)
+        first, last, gate = map(float, stamps.read_text().split())
+        started.append(first - begun)
+        judged.append(gate - last)
+    name = f"{files:,} files"
+    return [
+        row(f"(c) until the agent starts / worktree add, {name}", median(started), median(added), "1.2"),
+        [f"(d) agent's end to verdict's start, {name}", f"{median(judged):.2f} s", "", "", ""],
+    ]
+
+
+def memory_in_a_flood(bench: Bench) -> list[str]:
+    """(e) Peak memory of the supervisor while the agent prints a gigabyte."""
+    text = "import os\nfor _ in range(16_000): os.write(1, b'x' * 62_499 + b'\\n')\nopen('new.txt', 'w').write('new')"
+    agent, file = shlex.join([sys.executable, "-S", "-c", text]), bench.folder / "peak"
+    repo = bench.folder / "repo-0"
+    seconds = bench.run(repo, "--no-baseline", "--gate", "true", agent=agent, before=("-c", PEAK, file))
+    return [
+        "(e) peak memory in a flood of 1 GB",
+        f"{int(file.read_text()) / 1000:.0f} MB",
+        f"{seconds:.1f} s",
+        "",
+        "50 MB",
+    ]
+
+
+def row(name: str, ours: float, bare: float, aim: str) -> list[str]:
+    return [name, f"{ours:.2f} s", f"{bare:.2f} s", f"{ours / bare:.2f}", aim]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and no repository of 100,000 files")
+    parser.add_argument(
+        "--sandbox", choices=("auto", "off", "require"), default="auto", help="the guard's kernel level"
+    )
+    parser.add_argument("--only", default="abcde", metavar="LETTERS", help="some of the rows")
+    args = parser.parse_args()
+    sizes = (100, 10_000) if args.quick else (100, 10_000, 100_000)
+    rows = [["what", "ours", "bare", "ratio", "aim"]]
+    with tempfile.TemporaryDirectory(prefix="agent_runner-benchmark-") as folder:
+        bench = Bench(Path(folder).resolve(), sandbox=args.sandbox, rounds=5 if args.quick else 15)
+        steps = {"a": beside_bare_gate, "b": beside_long_gate, "e": memory_in_a_flood}
+        for letter in args.only:
+            if letter == "c":
+                for files in sizes:
+                    rows += on_way_to_agent_and_verdict(bench, files)
+            elif letter in steps:
+                rows.append(steps[letter](bench))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for line in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()
