@@ -2107,15 +2107,12 @@ def as_text(data: bytes, what: str) -> str:
     raise Refusal(f"{what} is not UTF-8 text; save it as UTF-8.")
 
 
-def read_issue(name: str, stdin: Any = None) -> Issue:
+def read_issue(name: str) -> Issue:
     """Read an issue from a file, or from standard input for `-`; UTF-8, at most 1 MiB."""
     what = "the issue on standard input" if name == "-" else f"the issue {name!r}"
     try:
-        if name == "-":
-            data = (stdin or sys.stdin.buffer).read(ISSUE_LIMIT + 1)
-        else:
-            with open(name, "rb") as handle:
-                data = handle.read(ISSUE_LIMIT + 1)
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as handle:
+            data = handle.read(ISSUE_LIMIT + 1)
     except FileNotFoundError:
         raise Refusal(f"{what} does not exist; give the path of a Markdown file, or - for standard input.") from None
     except IsADirectoryError:

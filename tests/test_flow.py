@@ -266,6 +266,20 @@ def test_failure_that_does_not_reproduce_is_handed_over_and_spends_no_agent(worl
     assert "flaky" in result.report["message"] and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("command", ["issue-to-pr", "self-heal"])
+@side_by_side
+def test_agent_that_fails_ends_the_run_and_its_work_is_kept(world: World, command: str) -> None:
+    repo = break_app(world.repo)
+    before = repo.state()
+    words = (command, *(("issue.md", "--no-baseline") if command == "issue-to-pr" else ()), "--attempts", "3", "--json")
+    result = repo.run(*words, "--gate", RIGHT_GATE, agent=world.agent(f"{FIX}\nraise SystemExit(7)"))
+    report = result.report
+    assert (result.status, report["outcome"], report["branch"]) == (4, "agent-failed", None)
+    assert [attempt["agent_status"] for attempt in report["attempts"]] == [7]
+    assert "return x * 2" in repo.git("show", f"{report['kept']}:calc.py")
+    assert repo.state() == before
+
+
 # -------------------------------------------------------------------------------------------- the baseline
 
 
@@ -383,6 +397,13 @@ def test_tool_that_is_missing_when_the_gate_runs_is_red(world: World, level: str
     result = repo.run("issue-to-pr", "issue.md", *words, agent=world.agent(ADD))
     assert result.status == 1 and "no-such-tool cannot be found or started" in result.out
     assert branches(repo) == ["main"]
+
+
+@side_by_side
+def test_gate_tools_are_found_beside_the_interpreter_without_activation(world: World) -> None:
+    bare = os.pathsep.join((os.path.dirname(shutil.which("git") or ""), os.defpath))
+    words = ("issue-to-pr", "issue.md", "--simulate", "good", "--no-baseline", "--gate", "pytest -q test_agent_demo.py")
+    assert world.repo.run(*words, env={"PATH": bare}).status == 0
 
 
 @side_by_side

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -108,9 +107,13 @@ def test_unreadable_issue_is_refused(refusal: Callable[..., str], tmp_path: Path
     assert "check its permissions" in refusal("issue-to-pr", str(tmp_path / "x.md"), "--simulate", "good")
 
 
-def test_empty_standard_input_is_refused(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "the issue on standard input is empty" in refusal("issue-to-pr", "-", "--simulate", "good")
+@side_by_side
+def test_empty_or_closed_standard_input_is_refused(world: World) -> None:
+    words = ("issue-to-pr", "-", "--simulate", "good")
+    assert "the issue on standard input is empty; write" in sentence(world.repo.run(*words, stdin="").out)
+    if os.name != "nt":
+        closed = world.repo.run(*words, under=["sh", "-c", 'exec "$@" <&-', "sh"])
+        assert "the issue on standard input" in sentence(closed.out)
 
 
 # -------------------------------------------------------------------------------------- the command line
