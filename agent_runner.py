@@ -1170,6 +1170,18 @@ def mount_unit(path: Path, top: Path) -> Path:
     return path
 
 
+def units_of(run: Run, words: Sequence[str]) -> set[Path]:
+    """What a command needs of the user's checkout and no commit holds: its program, its script, their environment."""
+    named = names_read(words) if pytest_word(words) is not None else words[1:]
+    paths = (find_program(words[0], run.start), *map(Path, named))
+    return {mount_unit(p, run.repo.top) for p in paths if p and p.is_absolute() and is_untracked_file(p, run)}
+
+
+def scripts_of(run: Run, words: Sequence[str]) -> list[Path]:
+    """Those of its units that are files. Only the command itself finds them in a clone, no other that checks it."""
+    return sorted(unit for unit in units_of(run, words) if not unit.is_dir())
+
+
 def interpreter_of(program: Path) -> Path | None:
     """The Python that a program runs in: itself, or the one its first line names."""
     if re.match(r"python[\d.]*(\.exe)?$", program.name):
@@ -1236,10 +1248,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     top, programs = run.repo.top, [p for words in commands if (p := find_program(words[0], run.start))]
     venv = os.environ.get("VIRTUAL_ENV")
     borrowed = {Path(venv)} if venv and Path(venv).is_relative_to(top) else set()
-    for words in commands:
-        for path in (find_program(words[0], run.start), *map(Path, () if pytest_word(words) else words[1:])):
-            if path and path.is_absolute() and is_untracked_file(path, run):
-                borrowed.add(mount_unit(path, top))
+    borrowed |= {unit for words in commands for unit in units_of(run, words) if unit.is_dir()}
     interpreter = find_interpreter(run, commands[1:])
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
@@ -1402,7 +1411,7 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     def mount(how: str, paths: Iterable[Path]) -> None:
         for path in (p.resolve() for p in paths if p.exists()):
             if path != Path("/"):
-                args.extend((how, path, path))
+                args.extend((f"{how}-try", path, path))  # another run may take away what it held in HOME
 
     mount("--bind", free)
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
@@ -1443,30 +1452,46 @@ def guarded_job(
         env.pop("PYTHONPYCACHEPREFIX", None)
         if not run.repo.common_dir:  # in place, the agent's bytecode lies beside the code
             env |= {"PYTHONPYCACHEPREFIX": str(run.folder / "guard" / "empty"), "PYTHONDONTWRITEBYTECODE": "1"}
-    program = find_program(words[0], run.start)
-    if program and program.is_relative_to(run.repo.top) and run.repo.common_dir and not run.bwrap:
-        own = clone.path / program.relative_to(run.repo.top)
-        program = own if own.exists() else program
-    argv = [str(program) if program else words[0], *words[1:]]
+    argv = [str(find_program(words[0], run.start) or words[0]), *words[1:]]
+    if run.repo.common_dir and not run.bwrap:
+        argv = [in_clone(run, clone, word) for word in argv]
     if follows_link(clone.path / run.repo.prefix):  # the change may not choose where it is judged
         return Job(tuple(argv), run.folder / "gone", env, limit, stdin)
     with contextlib.suppress(OSError):
         (clone.path / run.repo.prefix).mkdir(parents=True, exist_ok=True)
     if not run.bwrap:
         return Job(tuple(argv), cwd, env, limit, stdin)
-    sandbox = [run.bwrap, *sandbox_args(run, clone, tmp, gate=role == "gate"), "--chdir", str(cwd), "--"]
+    scripts = [str(word) for path in scripts_of(run, words) for word in ("--ro-bind", path, path)]
+    sandbox = [run.bwrap, *sandbox_args(run, clone, tmp, gate=role == "gate"), *scripts, "--chdir", str(cwd), "--"]
     return Job((*sandbox, *argv), Path("/"), env, limit, stdin, in_namespace=True)
 
 
+def in_clone(run: Run, clone: Clone, word: str) -> str:
+    """A word of a command; where it names something in the checkout that the clone holds too, the clone's."""
+    own = clone.path / os.path.relpath(word, run.repo.top) if Path(word).is_relative_to(run.repo.top) else None
+    return str(own) if own and own.exists() else word
+
+
 @contextlib.contextmanager
-def mount_points(run: Run, clone: Clone) -> Iterator[None]:
-    """Make the places where programs of the checkout are mounted back, and take them away again."""
-    made: list[Path] = []
-    for source in run.ground.borrowed if run.bwrap and run.repo.common_dir else ():
-        made += make_point(clone.path / source.relative_to(run.repo.top), clone.path, folder=source.is_dir())
+def mount_points(run: Run, clone: Clone, sources: Iterable[Path]) -> Iterator[None]:
+    """Make the places where what no commit holds is mounted, and take them away again.
+
+    Without the kernel level a script is copied there: beside the checkout's code, it would import that.
+    """
+    made, copied = [], []
+    for source in sources if run.repo.common_dir else ():
+        target = clone.path / source.relative_to(run.repo.top)
+        if run.bwrap or source.is_file():
+            made += make_point(target, clone.path, folder=source.is_dir())
+        if not run.bwrap and source.is_file() and not follows_link(target):
+            with contextlib.suppress(OSError):
+                copied.append(shutil.copy2(source, target))
     try:
         yield
     finally:
+        for target in copied:
+            target.unlink(missing_ok=True)
+            run.private("checkout-index", "-f", "-q", "--", str(target), clone=clone, check=False)
         remove_points(made)
 
 
@@ -1680,6 +1705,7 @@ class Run:
         self.before: Snapshot | None = None
         self.judged = ""
         self.known: set[str] = set()
+        self.instructions: tuple[str, str] | None = None  # the committed ones: path and text
         self.t0: Start | None = None
         self.planted: dict[Path, bytes | None] = {}
         self.kept: str | None = None
@@ -2181,7 +2207,7 @@ def build_prompt(run: Run, failure: Verdict | None, previous: Attempt | None) ->
     """The brief: rules, committed instructions, the task or the failure, what was tried, rules again."""
     rules = RULES.format(gate="; ".join(run.settings.gate))
     parts = [rules]
-    if config := find_config(run):
+    if config := run.instructions:
         parts.append(f"The repository's instructions, from {config[0]}:\n\n{config[1].strip()}\n")
     if run.issue:
         parts.append(
@@ -2304,8 +2330,9 @@ def run_check(run: Run, clone: Clone, command: str, words: Sequence[str], role: 
         tmp.mkdir(exist_ok=True)
         report = tmp / f"report-{threading.get_ident()}.xml"
         argv = with_report(argv, str(report))
-    job = guarded_job(run, clone, argv, role=role, limit=run.settings.gate_timeout)
-    ran = run_guarded(job, stop=run.stop, on_tick=run.console.tick)
+    with mount_points(run, clone, scripts_of(run, words)):
+        job = guarded_job(run, clone, argv, role=role, limit=run.settings.gate_timeout)
+        ran = run_guarded(job, stop=run.stop, on_tick=run.console.tick)
     tests = None
     if report:
         tests = read_report(report, (clone.seen, tmp, run.folder))
@@ -2365,7 +2392,7 @@ def judge(run: Run, commit: str) -> Verdict:
     """Check a commit out afresh, prepare it, run the gate there, and throw the checkout away."""
     with run.judging:
         clone = open_checkout(run, commit)
-        with mount_points(run, clone):
+        with mount_points(run, clone, run.ground.borrowed):
             checks = run_setup(run, clone, role="setup")
             if all(check.passed for check in checks):
                 checks += run_gate(run, clone)
@@ -2383,7 +2410,8 @@ def run_setup(run: Run, clone: Clone, role: str) -> list[Check]:
     """Prepare a clone with the user's setup commands; stops at the first that fails."""
     checks = []
     for command in run.settings.setup:
-        check = run_check(run, clone, command, split_command(command, "--setup"), role)
+        words = bring_untracked(split_command(command, "--setup"), run, gate=True)
+        check = run_check(run, clone, command, words, role)
         checks.append(check._replace(name="setup"))
         if not check.passed:
             break
@@ -2970,7 +2998,7 @@ def run_tests_on(run: Run, tree: str, number: int, files: list[str], why: str) -
     commit = run.private.commit(tree, run.base, why)
     with run.judging:
         clone = open_checkout(run, commit)
-        with mount_points(run, clone):
+        with mount_points(run, clone, run.ground.borrowed):
             if not all(check.passed for check in run_setup(run, clone, role="setup")):
                 return {}
             check = run_check(run, clone, shlex.join(command), command)
@@ -3776,7 +3804,7 @@ def prepare_workspace(run: Run) -> None:
     setup = [split_command(command, "--setup") for command in run.settings.setup]
     run.ground = survey_ground(run, [run.agent, *run.gate, *(bring_untracked(w, run, gate=True) for w in setup)])
     if run.settings.setup:
-        with run.console.step(f"setup: {'; '.join(run.settings.setup)}"), mount_points(run, run.workspace):
+        with run.console.step(f"setup: {'; '.join(run.settings.setup)}"), mount_points(run, run.workspace, run.ground.borrowed):
             for check in run_setup(run, run.workspace, "setup"):
                 if not check.passed:
                     raise Refusal(f"--setup {check.command!r} failed: {check.reason}\n{telling_lines(check.output)}")
@@ -3825,7 +3853,7 @@ def run_agent(run: Run, brief: str) -> Ran:
         elif before <= SHOWN_LINES:
             run.console.say("  … more of its output is in the record")
 
-    with mount_points(run, run.workspace):
+    with mount_points(run, run.workspace, [*run.ground.borrowed, *(scripts_of(run, words) if run.bwrap else ())]):
         job = guarded_job(run, run.workspace, words, role="agent", limit=run.settings.agent_timeout, stdin=stdin)
         run.console.tell_runner("group::the agent's output")
         try:
@@ -4034,7 +4062,8 @@ def note_for_recovery(run: Run) -> None:
     clone = run.workspace
     if not run.repo.common_dir or clone is None or not isinstance(run.t0, Start):
         return
-    points = [*run.stubs, *(clone.path / p.relative_to(run.repo.top) for p in run.ground.borrowed if run.bwrap)]
+    units = (*run.ground.borrowed, *scripts_of(run, run.agent))
+    points = [*run.stubs, *(clone.path / p.relative_to(run.repo.top) for p in units if run.bwrap)]
     told = {
         "repo": run.repo._asdict(),
         "workspace": clone.path,
@@ -4313,7 +4342,7 @@ def prepare(run: Run) -> None:
                 f"commits are to be signed and cannot be without asking ({run.private.unsigned}); unlock the "
                 "key first, or run: git config commit.gpgSign false"
             )
-    find_config(run)
+    run.instructions = find_config(run)
     if settings.simulate and settings.command == "self-heal":
         run.base = plant_red_build(run)
 
