@@ -1113,7 +1113,7 @@ class Ground(NamedTuple):
     """What belongs to the judge and lies outside the repository: interpreters, site folders, tools."""
 
     folders: tuple[Path, ...]  # read-only to agent, setup and gate under the kernel level
-    borrowed: tuple[Path, ...]  # programs inside the repository that no commit holds, mounted back
+    borrowed: tuple[Path, ...]  # environments inside the repository that no commit holds, mounted back
     roots: tuple[str, ...] = ()  # folders of the repository that the interpreter imports from
     search: tuple[Path, ...] = ()  # what the gate's interpreter searches, outside the repository
     unfaithful: tuple[str, ...] = ()  # what would still be imported from the user's checkout
@@ -1478,20 +1478,21 @@ def mount_points(run: Run, clone: Clone, sources: Iterable[Path]) -> Iterator[No
 
     Without the kernel level a script is copied there: beside the checkout's code, it would import that.
     """
-    made, copied = [], []
+    made: list[Path] = []
+    copied: list[Path] = []
     for source in sources if run.repo.common_dir else ():
         target = clone.path / source.relative_to(run.repo.top)
         if run.bwrap or source.is_file():
             made += make_point(target, clone.path, folder=source.is_dir())
         if not run.bwrap and source.is_file() and not follows_link(target):
             with contextlib.suppress(OSError):
-                copied.append(shutil.copy2(source, target))
+                copied.append(Path(shutil.copy2(source, target)))
     try:
         yield
     finally:
-        for target in copied:
-            target.unlink(missing_ok=True)
-            run.private("checkout-index", "-f", "-q", "--", str(target), clone=clone, check=False)
+        for copy in copied:
+            copy.unlink(missing_ok=True)
+            run.private("checkout-index", "-f", "-q", "--", str(copy), clone=clone, check=False)
         remove_points(made)
 
 
@@ -3804,7 +3805,8 @@ def prepare_workspace(run: Run) -> None:
     setup = [split_command(command, "--setup") for command in run.settings.setup]
     run.ground = survey_ground(run, [run.agent, *run.gate, *(bring_untracked(w, run, gate=True) for w in setup)])
     if run.settings.setup:
-        with run.console.step(f"setup: {'; '.join(run.settings.setup)}"), mount_points(run, run.workspace, run.ground.borrowed):
+        step = run.console.step(f"setup: {'; '.join(run.settings.setup)}")
+        with step, mount_points(run, run.workspace, run.ground.borrowed):
             for check in run_setup(run, run.workspace, "setup"):
                 if not check.passed:
                     raise Refusal(f"--setup {check.command!r} failed: {check.reason}\n{telling_lines(check.output)}")
