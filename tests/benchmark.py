@@ -60,6 +60,8 @@ class Bench:
     def repository(self, files: int) -> Path:
         """A repository with a passing test and so many files of a kilobyte in folders of a hundred."""
         path = self.folder / f"repo-{files}"
+        if path.is_dir():
+            return path
         path.mkdir()
         (path / "calc.py").write_text("def double(x):\n    return x * 2\n")
         (path / "test_calc.py").write_text(
@@ -93,7 +95,7 @@ def beside_bare_gate(bench: Bench) -> list[str]:
 
 def beside_long_gate(bench: Bench) -> list[str]:
     """(b) The same with a gate of ten seconds."""
-    repo, bare, ours = bench.folder / "repo-0", [], []
+    repo, bare, ours = bench.repository(0), [], []
     words = ("--simulate", "good", "--gate", "sleep 10")
     bench.run(repo, *words)
     for _ in range(max(1, bench.rounds // 5)):
@@ -129,7 +131,7 @@ def memory_in_a_flood(bench: Bench) -> list[str]:
     """(e) Peak memory of the supervisor while the agent prints a gigabyte."""
     text = "import os\nfor _ in range(16_000): os.write(1, b'x' * 62_499 + b'\\n')\nopen('new.txt', 'w').write('new')"
     agent, file = shlex.join([sys.executable, "-S", "-c", text]), bench.folder / "peak"
-    repo = bench.folder / "repo-0"
+    repo = bench.repository(0)
     seconds = bench.run(repo, "--no-baseline", "--gate", "true", agent=agent, before=("-c", PEAK, file))
     return [
         "(e) peak memory in a flood of 1 GB",
