@@ -1406,6 +1406,7 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     runner = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # files of orders to it
     orders = [value for key, value in os.environ.items() if runner.match(key)]
     stores = [*(home / name for name in STORES), *map(in_home, STORES), *(Path(p) for p in (*sockets, *orders) if p)]
+    run.stubs += hold_settings()  # again, should another run have taken its own away
     args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
 
     def mount(how: str, paths: Iterable[Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -14,19 +13,31 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import CHEAP_GATE, LEVELS, PROGRAM, Repository, Result, isolate, needs_bwrap, small_app
+from conftest import (
+    CHEAP_GATE,
+    LEVELS,
+    PROGRAM,
+    Repository,
+    Result,
+    World,
+    isolate,
+    needs_bwrap,
+    side_by_side,
+    small_app,
+)  # fmt: skip
 
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
 REFUSED = f"agent_runner: branches, tags and stashes of this repository are not changed during a run. {RULE}"
 PYTHON = f"{shlex.quote(sys.executable)} -S"
-OFF = ("--sandbox", "off")
+OFF, REQUIRE = ("--sandbox", "off"), ("--sandbox", "require")
 QUIET = ("--gate", CHEAP_GATE, "--no-baseline", "--no-switch", "--json")
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has this")
 
 # What every agent here starts with: it notes what it tried and what came of it, and tells in a file of its work.
 PRELUDE = """\
@@ -75,8 +86,7 @@ class Told(NamedTuple):
     result: Result
     by_agent: dict[str, Any]
     repo: Repository
-    home: Path
-    before: dict[str, str]
+    before: dict[str, Any]
 
     @property
     def tried(self) -> dict[str, tuple[int, str]]:
@@ -84,19 +94,98 @@ class Told(NamedTuple):
         return {name: (status, said) for name, (status, said) in self.by_agent["tried"].items()}
 
 
-def act(repo: Repository, code: str, *words: str, folder: Path | None = None, **more: Any) -> Result:
-    """Run an agent of a few lines on the repository."""
-    script = (folder or repo.path.parent) / "agent.py"
-    script.write_text(PRELUDE + code + "\ntell()\n", encoding="utf-8")
-    command = f"{PYTHON} {shlex.quote(str(script))} {shlex.quote(str(repo.path))}"
-    return repo.run("issue-to-pr", "issue.md", *QUIET, *words, agent=command, **more)
+def home_of(repo: Repository) -> Path:
+    """The home folder of the user whose repository this is."""
+    home = repo.path.parent / "home"
+    home.mkdir(exist_ok=True)
+    return home
+
+
+def run(repo: Repository, code: str, *words: str, arguments: tuple[object, ...] = (), **more: Any) -> Result:
+    """Run an agent of a few lines, with a home folder of its own."""
+    script = more.pop("place", repo.path.parent) / "agent.py"
+    script.write_text(f"{PRELUDE}{code}\ntell()\n", encoding="utf-8")
+    command = f"{PYTHON} {shlex.join(map(str, (script, repo.path, *arguments)))}"
+    more["env"] = {"HOME": str(script.parent / "home")} | more.get("env", {})
+    (script.parent / "home").mkdir(exist_ok=True)
+    return repo.run("issue-to-pr", "issue.md", *words, agent=command, **more)
+
+
+def act(repo: Repository, code: str, *words: str, **more: Any) -> Result:
+    return run(repo, code, *QUIET, *words, **more)
 
 
 def told_by(repo: Repository, result: Result) -> dict[str, Any]:
+    assert result.status == 0, result.err[-1500:]
     commit = result.report["commit"]
     names = repo.git("ls-tree", "-r", "--name-only", commit).splitlines()
     found: dict[str, Any] = json.loads(repo.git("show", f"{commit}:{next(n for n in names if 'told.json' in n)}"))
     return found
+
+
+def busy_repository(place: Path) -> Repository:
+    """A repository with all that a run must leave alone, and a user with a configuration.
+
+    Branches, a tag, stashes, hooks, remotes, a linked work tree; its path is special to patterns.
+    """
+    repo, remote = small_app(place / "an [app] of *"), place / "remote.git"
+    repo.git("switch", "-q", "-c", "side")
+    repo.write("side.py", "SIDE = 1\n")
+    repo.commit("beside")
+    repo.git("switch", "-q", "main")
+    repo.git("commit", "-q", "--allow-empty", "-m", "more")
+    repo.git("tag", "v1")
+    repo.git("branch", "spare", "side")
+    for text in ("one", "two"):
+        repo.write("calc.py", text)
+        repo.git("stash")
+    repo.git("worktree", "add", "-q", str(place / "beside"), "-b", "beside")
+    subprocess.run(["git", "init", "-q", "--bare", str(remote)], check=True)
+    repo.git("push", "-q", str(remote), "main")
+    repo.git("remote", "add", "origin", str(remote))
+    repo.git("remote", "add", "web", "https://forge.invalid/ada/app.git")
+    repo.git("config", "remote.web.pushurl", f"file://{remote}")
+    for hook in ("pre-commit", "pre-push", "commit-msg", "pre-rebase"):
+        repo.write(f".git/hooks/{hook}", "#!/bin/sh\n", mode=0o755)
+    home = home_of(repo)
+    (home / "included").write_text(f"[credential]\n\thelper = !touch {home}/asked; echo password=x\n")
+    (home / ".gitconfig").write_text(f"[include]\n\tpath = {home}/included\n")
+    return repo
+
+
+def state_of(repo: Repository) -> dict[str, Any]:
+    """All that must be as it was: the repository, its hooks' modes, its remote, the user's configuration."""
+    hooks = {file.name: (file.lstat().st_mode, file.is_symlink()) for file in (repo.path / ".git/hooks").iterdir()}
+    remote = Repository(repo.path.parent / "remote.git").git("show-ref")
+    home = {file.name: file.read_bytes() for file in home_of(repo).glob("*") if file.is_file()}
+    config = (home_of(repo) / ".config/git/config").exists()
+    return repo.state() | {"hooks": hooks, "remote": remote, "home": home, "config": config}
+
+
+def changed_state(repo: Repository, before: dict[str, Any], branch: str = "agent/issue") -> set[str]:
+    """The names of what is not as it was, the proposal aside."""
+    state = state_of(repo)
+    proposal = f"{repo.git('rev-parse', branch)} refs/heads/{branch}\n"
+    assert proposal in state["refs"]
+    state["refs"] = state["refs"].replace(proposal, "")
+    return {name for name in state.keys() | before.keys() if state.get(name) != before.get(name)}
+
+
+# --------------------------------------------------------------------------------- agents that are told a lot at once
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    """The runs whose agents try everything at once, two at a time."""
+    place = tmp_path_factory.mktemp("long")
+    levels = ["off"] if needs_bwrap.args[0] else ["off", "require"]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        isolate(patch, place / "home")
+        small_app(place / "app")
+        found = {level: pool.submit(confuse, place / level, level) for level in levels}
+        if "require" in levels:
+            found["hostile"] = pool.submit(attack, place / "hostile")
+        return {name: future.result() for name, future in found.items()}
 
 
 # ----------------------------------------------------------------- an agent that does what it should not, unknowing
@@ -127,7 +216,7 @@ told["mine there"] = os.path.exists("/proc/self") and os.listdir(os.environ["TMP
 
 for name in ("gh", "glab", "tea"):
     tried(name, name, "pr", "create")
-tried("credential", "git", "credential", "fill", GIT_TRACE="0")
+tried("credential", "sh", "-c", "printf 'protocol=https\\nhost=forge.invalid\\n\\n' | git credential fill")
 git("ssh", "ls-remote", "ssh://git@forge.invalid/ada/app.git")
 
 for words in json.loads(sys.argv[2]):
@@ -173,67 +262,35 @@ IN_REAL = [
 BESIDE = ["commit -q --allow-empty -m mine", "branch mine", "tag mine", "branch -f side"]
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def confused(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """What an agent is told that takes the real repository for its own, at each level of the guard."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        place = Path(folder).resolve()
-        home = place / "home"
-        isolate(patch, home)
-        repo, remote = busy_repository(place)
-        (home / ".gitconfig").write_text(f"[credential]\n\thelper = !touch {home}/asked; echo password=x\n")
-        dump, setup = place / "dump.py", place / "setup.py"
-        dump.write_text(DUMP)
-        setup.write_text(DUMP + "open('setup.json', 'w').write(text)\n")
-        here = str(repo.path)
-        pushes = [
-            (here, ["origin", "HEAD:evil"]),
-            (here, ["--force", "--no-verify", "origin", "main"]),
-            (here, ["web", "main"]),
-            *((where, [address, "HEAD:evil"]) for address in remote_spellings(remote) for where in (here, ".")),
-            *((".", ["-q", "--force", address, "HEAD:refs/heads/evil"]) for address in (here, f"file://{here}")),
-        ]
-        words = [[command.split() for command in IN_REAL], [command.split() for command in BESIDE]]
-        script = place / "agent.py"
-        script.write_text(PRELUDE + CONFUSED + "\ntell()\n", encoding="utf-8")
-        arguments = [here, *map(json.dumps, words), str(place / "beside"), json.dumps(pushes)]
-        before = repo.state()
-        result = repo.run(
-            *("issue-to-pr", "issue.md", "--no-switch", "--json", "--sandbox", request.param),
-            *("--gate", f"{PYTHON} {dump}", "--setup", f"{PYTHON} {setup}", "--keep-env", "GITLAB_TOKEN"),
-            agent=f"{PYTHON} {script} {shlex.join(arguments)}",
-            env={name: f"value of {name}" for name in (*TOKENS, *KEPT)},
-        )
-        assert result.status == 0, result.err[-900:]
-        yield Told(result, told_by(repo, result), repo, home, before)
+def confuse(place: Path, level: str) -> Told:
+    """A run of an agent that takes the real repository for its own."""
+    place.mkdir()
+    repo, remote = busy_repository(place), place / "remote.git"
+    dump, setup, here = place / "dump.py", place / "setup.py", str(repo.path)
+    dump.write_text(DUMP)
+    setup.write_text(DUMP + "open('setup.json', 'w').write(text)\n")
+    spellings = [str(remote), f"file://{remote}", f"{remote}/"]
+    pushes = [
+        (here, ["origin", "HEAD:evil"]),
+        (here, ["--force", "--no-verify", "origin", "main"]),
+        (here, ["web", "main"]),
+        *((where, [address, "HEAD:evil"]) for address in spellings for where in (here, ".")),
+        *((".", ["-q", "--force", address, "HEAD:refs/heads/evil"]) for address in (here, f"file://{here}")),
+    ]
+    words = [[command.split() for command in commands] for commands in (IN_REAL, BESIDE)]
+    before = state_of(repo)
+    result = run(
+        repo, CONFUSED, "--no-switch", "--json", "--sandbox", level, "--keep-env", "GITLAB_TOKEN",
+        "--gate", f"{PYTHON} {dump}", "--setup", f"{PYTHON} {setup}",
+        arguments=(*map(json.dumps, words), place / "beside", json.dumps(pushes)),
+        env={name: f"value of {name}" for name in (*TOKENS, *KEPT)},
+    )  # fmt: skip
+    return Told(result, told_by(repo, result), repo, before)
 
 
-def busy_repository(place: Path) -> tuple[Repository, Path]:
-    """A repository with all that a run must leave alone: branches, tag, stash, remotes, a linked work tree.
-
-    Its path holds characters that are special to patterns.
-    """
-    repo, remote = small_app(place / "an [app] of *"), place / "remote.git"
-    repo.git("switch", "-q", "-c", "side")
-    repo.write("side.py", "SIDE = 1\n")
-    repo.commit("beside")
-    repo.git("switch", "-q", "main")
-    repo.git("commit", "-q", "--allow-empty", "-m", "more")
-    repo.git("tag", "v1")
-    for text in ("one", "two"):
-        repo.write("calc.py", text)
-        repo.git("stash")
-    repo.git("worktree", "add", "-q", str(place / "beside"), "-b", "beside")
-    subprocess.run(["git", "init", "-q", "--bare", str(remote)], check=True)
-    repo.git("push", "-q", str(remote), "main")
-    repo.git("remote", "add", "origin", str(remote))
-    repo.git("remote", "add", "web", "https://forge.invalid/ada/app.git")
-    repo.git("config", "remote.web.pushurl", f"file://{remote}")
-    return repo, remote
-
-
-def remote_spellings(remote: Path) -> list[str]:
-    return [str(remote), f"file://{remote}", f"{remote}/"]
+@pytest.fixture(params=LEVELS)
+def confused(long_runs: dict[str, Told], request: pytest.FixtureRequest) -> Told:
+    return long_runs[request.param]
 
 
 def has_kernel(told: Told) -> bool:
@@ -260,7 +317,7 @@ def test_keep_env_gives_one_variable_back_and_others_were_never_taken(confused: 
     for environ in environments(confused).values():
         assert environ["EDITOR_OF_MINE"] == "value of EDITOR_OF_MINE"
         assert environ["GITLAB_TOKEN"] == "given back"
-        assert environ["HOME"] == str(confused.home)
+        assert environ["HOME"] == str(home_of(confused.repo))
 
 
 def test_agent_and_gate_have_temporary_folders_of_their_own_that_go_with_the_run(confused: Told) -> None:
@@ -268,7 +325,7 @@ def test_agent_and_gate_have_temporary_folders_of_their_own_that_go_with_the_run
     assert places["agent"] != places["gate"]
     assert "mine" in confused.by_agent["mine there"]
     assert not any(os.path.exists(place) for place in places.values())
-    assert not [path for path in (confused.home / ".cache" / "agent-runner").iterdir() if path.is_dir()]
+    assert not [path for path in (home_of(confused.repo) / ".cache/agent-runner").iterdir() if path.is_dir()]
 
 
 def test_forge_tools_say_the_rule(confused: Told) -> None:
@@ -280,8 +337,7 @@ def test_forge_tools_say_the_rule(confused: Told) -> None:
 def test_credential_helpers_do_not_run_and_ssh_answers_no(confused: Told) -> None:
     status, said = confused.tried["ssh"]
     assert status != 0 and RULE in said
-    subprocess.run(["git", "credential", "fill"], input=b"", env=os.environ | {"HOME": str(confused.home)})
-    assert not (confused.home / "asked").exists()
+    assert confused.tried["credential"][0] != 0 and not (home_of(confused.repo) / "asked").exists()
 
 
 def test_git_works_as_ever_in_the_workspace_and_in_other_repositories(confused: Told) -> None:
@@ -312,14 +368,9 @@ def test_nothing_can_be_pushed_to_the_remotes_or_into_the_real_repository(confus
 
 
 def test_refs_configuration_and_remotes_are_as_they_were_after_all_that(confused: Told) -> None:
-    state = confused.repo.state()
-    proposal = confused.repo.git("rev-parse", "agent/issue")
-    state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
-    moved = {name for name in state.keys() | confused.before.keys() if state.get(name) != confused.before.get(name)}
+    moved = changed_state(confused.repo, confused.before)
     assert not moved or not has_kernel(confused)
-    assert not [name for name in moved if name in ("refs", "HEAD", "stash") or name.startswith(".git/")]
-    remote = Repository(confused.repo.path.parent / "remote.git")
-    assert remote.git("show-ref").split() == [confused.repo.git("rev-parse", "main"), "refs/heads/main"]
+    assert not [name for name in moved if name not in ("index", "side.py")]
     assert not [moved for moved in confused.result.report["moved"] if moved["broken"]]
 
 
@@ -340,57 +391,39 @@ forced("tag", "-d", "v1")
 forced("branch", "-f", "side", "main")
 forced("branch", "-D", "spare")
 forced("update-ref", "refs/notes/mine", "HEAD")
+forced("push", "-q", os.path.dirname(REAL) + "/./remote.git", "main:refs/heads/pushed")
 """,
-        [
-            "main was moved",
-            "tags/mine was created",
-            "v1 was deleted",
-            "side was moved",
-            "spare was deleted",
-            "notes/mine",
-        ],
+        "main was moved, tags/mine was created, v1 was deleted, side was moved, spare was deleted, notes/mine, "
+        "refs/heads/pushed of",
     ),
-    "refs written by hand": (
+    "refs by hand": (
         """
 side = pathlib.Path(REAL, ".git/refs/heads/side").read_text()
+forced("pack-refs", "--all")
+with open(REAL + "/.git/packed-refs", "a") as packed:
+    packed.write(side.strip() + " refs/tags/zzz\\n")
 write(REAL + "/.git/refs/heads/main", side)
 write(REAL + "/.git/refs/heads/mine", side)
 write(REAL + "/.git/refs/heads/side", "ref: refs/heads/spare\\n")
 write(REAL + "/.git/refs/tags/v1", "no commit\\n")
 """,
-        ["heads/main", "heads/mine was created", "heads/side", "tags/v1"],
+        "refs/tags/zzz was created, heads/main was moved, heads/mine was created, heads/side was moved, tags/v1",
     ),
-    "packed refs": (
-        """
-side = pathlib.Path(REAL, ".git/refs/heads/side").read_text()
-forced("pack-refs", "--all")
-packed = pathlib.Path(REAL, ".git/packed-refs")
-packed.write_text(packed.read_text() + side.strip() + " refs/tags/zzz\\n")
-""",
-        ["refs/tags/zzz was created"],
-    ),
-    "a stash stored": ('forced("stash", "store", "HEAD")', ["refs/stash"]),
-    "a stash dropped": ('forced("stash", "drop")', ["refs/stash"]),
-    "an older stash dropped": ('forced("stash", "drop", "stash@{1}")', ["stash"]),
-    "all stashes dropped": ('forced("stash", "clear")', ["refs/stash was deleted"]),
-    "HEAD switched": ('forced("checkout", "-q", "side")', ["HEAD"]),
-    "HEAD switched to a new branch": ('forced("checkout", "-q", "-b", "mine", "side")', ["HEAD", "mine was created"]),
-    "HEAD detached": ('forced("checkout", "-q", "--detach", "side")', ["HEAD"]),
-    "HEAD written by hand": ('write(REAL + "/.git/HEAD", "ref: refs/heads/none\\n")', ["HEAD"]),
-    "HEAD and configuration made unreadable": (
+    "a stash stored": ('forced("stash", "store", "HEAD")', "refs/stash was moved"),
+    "an older stash dropped": ('forced("stash", "drop", "stash@{1}")', "logs/refs/stash was changed"),
+    "all stashes dropped": ('forced("stash", "clear")', "refs/stash was deleted"),
+    "HEAD switched": ('forced("checkout", "-q", "side")', "HEAD was ref: refs/heads/main"),
+    "HEAD on a new branch": ('forced("checkout", "-q", "-b", "mine", "side")', "HEAD was, mine was created"),
+    "HEAD detached": ('forced("checkout", "-q", "--detach", "side")', "HEAD was"),
+    "HEAD by hand": ('write(REAL + "/.git/HEAD", "ref: refs/heads/none\\n")', "HEAD was"),
+    "an unreadable repository": (
         'write(REAL + "/.git/HEAD", "nothing\\n"); write(REAL + "/.git/config", "[[[")',
-        ["HEAD", "config"],
+        "HEAD was, .git/config was changed, the repository cannot be read",
     ),
-    "configuration": (
+    "configuration and hooks": (
         """
 forced("config", "remote.origin.url", "https://elsewhere.invalid/x.git")
-write(REAL + "/.git/info/exclude", "*.py\\n")
 write(REAL + "/.git/info/attributes", "* filter=mine\\n")
-""",
-        ["/config", "info/exclude", "info/attributes"],
-    ),
-    "hooks": (
-        """
 hooks = pathlib.Path(REAL, ".git/hooks")
 write(hooks / "post-checkout", "#!/bin/sh\\n")
 write(hooks / "pre-commit", "#!/bin/sh\\nexit 0\\n")
@@ -399,61 +432,57 @@ write(hooks / "pre-commit", "#!/bin/sh\\nexit 0\\n")
 (hooks / "pre-rebase").unlink()
 (hooks / "pre-rebase").symlink_to(HOME + "/mine")
 """,
-        ["post-checkout", "pre-commit", "pre-push", "commit-msg", "pre-rebase"],
+        ".git/config was changed, info/attributes was created, post-checkout was created, pre-commit was changed, "
+        "pre-push was deleted, commit-msg was changed, pre-rebase was changed",
     ),
-    "the user's Git configuration": (
-        'write(HOME + "/.gitconfig", "[core]"); write(HOME + "/.config/git/config", "[core]")',
-        [".gitconfig", "git/config"],
+    "the user's configuration": (
+        'for name in ("included", ".gitconfig", ".config/git/config"): write(f"{HOME}/{name}", "[core]")',
+        "home/included was changed, .gitconfig was changed, .config/git/config was created",
     ),
-    "configuration that the user's includes": ('write(HOME + "/included", "[core]")', ["included"]),
-    "a remote on this machine, its address spelled otherwise": (
-        'forced("push", "-q", os.path.dirname(REAL) + "/./remote.git", "main:refs/heads/mine")',
-        ["mine of"],
-    ),
-    "a branch hidden in a work tree of its own": (
+    "a branch in a work tree of its own": (
         'forced("worktree", "add", "-q", "-b", "mine", HOME + "/mine", "side")',
-        ["mine was created"],
+        "heads/mine was created",
     ),
 }
 
 
-@pytest.fixture
-def busy(tmp_path: Path, hermetic: Path) -> Repository:
-    """A repository with branches, tags, stashes, hooks and remotes, and a user with a configuration."""
-    repo, _ = busy_repository(tmp_path)
-    repo.git("branch", "spare", "side")
-    for hook in ("pre-commit", "pre-push", "commit-msg", "pre-rebase"):
-        repo.write(f".git/hooks/{hook}", "#!/bin/sh\n", mode=0o755)
-    (hermetic / "included").write_text("[core]\n\tabbrev = 12\n")
-    (hermetic / ".gitconfig").write_text(f"[include]\n\tpath = {hermetic}/included\n")
-    return repo
-
-
-def state_of(repo: Repository) -> dict[str, Any]:
-    """The repository, its remote and the user's configuration, hooks with their modes."""
-    hooks = {file.name: (file.lstat().st_mode, file.is_symlink()) for file in (repo.path / ".git/hooks").iterdir()}
-    remote = Repository(repo.path.parent / "remote.git").git("show-ref")
-    home = {file.name: file.read_bytes() for file in Path.home().glob("*") if file.is_file()}
-    config = (Path.home() / ".config/git/config").exists()
-    return repo.state() | {"hooks": hooks, "remote": remote, "home": home, "config": config}
-
-
 @pytest.mark.parametrize("name", TAMPERING)
+@side_by_side
 def test_without_the_kernel_level_tampering_is_named_and_undone_by_the_printed_commands(
-    busy: Repository, name: str
+    world: World, name: str
 ) -> None:
-    code, names = TAMPERING[name]
-    before = state_of(busy)
-    result = act(busy, code, *OFF)
+    repo, (code, names) = busy_repository(world.path), TAMPERING[name]
+    before = state_of(repo)
+    result = act(repo, code, *OFF)
     assert (result.status, result.report["outcome"]) == (5, "rule-broken"), result.err
     broken = [moved for moved in result.report["moved"] if moved["broken"]]
-    assert [part for part in names if not any(part in moved["what"] for moved in broken)] == []
+    assert [part for part in names.split(", ") if not any(part in moved["what"] for moved in broken)] == []
     assert all(moved["what"] in result.err and moved["undo"] in result.err for moved in broken)
     for moved in broken:
-        subprocess.run(["sh", "-c", moved["undo"]], cwd=busy.path, check=True)
-    if name != "a branch hidden in a work tree of its own":
-        assert state_of(busy) == before
-    assert "agent/" not in busy.git("branch", "--all")
+        subprocess.run(["sh", "-c", moved["undo"]], cwd=repo.path, check=True, capture_output=True)
+    assert state_of(repo) == before
+    assert "agent/" not in repo.git("branch", "--all")
+
+
+@side_by_side
+def test_deleting_a_former_proposal_is_not_taken_for_another_runs_doing(world: World) -> None:
+    assert act(world.repo, "write('made', '')", *OFF).report["branch"] == "agent/issue"
+    result = act(world.repo, 'forced("branch", "-D", "agent/issue")', *OFF)
+    assert result.status == 5 and "refs/heads/agent/issue was deleted" in result.report["message"]
+
+
+@side_by_side
+def test_without_the_kernel_level_a_change_to_the_supervisor_itself_is_undone_by_the_printed_command(
+    world: World,
+) -> None:
+    own = world.repo.path / "agent_runner.py"
+    shutil.copy(PROGRAM, own)
+    before = own.read_bytes()
+    result = act(world.repo, "with open(REAL + '/agent_runner.py', 'a') as own: own.write('# mine')", *OFF, program=own)
+    assert result.status == 5
+    (undo,) = [moved["undo"] for moved in result.report["moved"]]
+    subprocess.run(["sh", "-c", undo], cwd=world.repo.path, check=True)
+    assert own.read_bytes() == before
 
 
 # ----------------------------------------------------------------- an agent that is not honest, with the kernel level
@@ -495,7 +524,7 @@ told["run name"] = os.environ["AGENT_RUNNER_RUN"]
 told["top of run"] = sorted(os.listdir(cache))
 told["run"] = sorted(os.listdir(os.path.join(cache, os.environ["AGENT_RUNNER_RUN"])))
 told["records"] = [path for path, folders, files in os.walk(REAL) if "agent-runner" in path]
-stores = [".ssh", ".netrc", ".git-credentials", ".config/gh", ".config/glab-cli", ".aws-like-other"]
+stores = [".ssh", ".netrc", ".git-credentials", ".config/gh", ".config/glab-cli", ".of-no-forge"]
 told["stores"] = {}
 for name in stores:
     path = pathlib.Path(HOME, name)
@@ -505,6 +534,7 @@ for name in stores:
 def writes(path):
     try:
         with open(path + "/planted", "w"):
+            os.remove(path + "/planted")
             return True
     except OSError:
         return False
@@ -524,47 +554,41 @@ write("tool-there", str(os.path.exists("node_modules/.bin/tool")))
 """
 
 
-@pytest.fixture(scope="module")
-def hostile() -> Iterator[Told]:
-    """What an agent tells that knows every path and looks for a way out of the kernel sandbox."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        place = Path(folder).resolve()
-        home, tools, free = place / "home", place / "tools", place / "free"
-        isolate(patch, home)
-        repo, remote = busy_repository(place)
-        for name in (".ssh/id", ".netrc", ".git-credentials", ".config/gh/hosts.yml", ".config/glab-cli/config.yml"):
-            (home / name).parent.mkdir(parents=True, exist_ok=True)
-            (home / name).write_text("secret")
-        (home / ".aws-like-other").write_text("not a forge's")
-        for made in (home / ".local/lib", home / ".config/git", home / ".cache/agent-runner/other", tools, free):
-            made.mkdir(parents=True)
-        repo.write(".gitignore", "node_modules\n.venv\n")
-        repo.commit("ignore")
-        repo.write("node_modules/.bin/tool", "#!/bin/sh\necho tool ran\n", mode=0o755)
-        repo.write(".venv/pyvenv.cfg", "")
-        repo.write(".venv/bin/checker", "#!/bin/sh\ntest -e tool-there\n", mode=0o755)
-        script, gate = repo.write("node_modules/agent.py", PRELUDE + HOSTILE + "\ntell()\n"), tools / "my-gate"
-        gate.write_text("#!/bin/sh\nexit 0\n")
-        gate.chmod(0o755)
-        patch.setenv("PATH", os.pathsep.join((str(tools), str(repo.path / ".venv/bin"), os.environ["PATH"])))
-        arguments = [repo.path, remote, home / ".cache/agent-runner", tools, free]
-        before = repo.state()
-        result = repo.run(
-            *("issue-to-pr", "issue.md", "--no-switch", "--no-baseline", "--json", "--sandbox", "require"),
-            *("--gate", "my-gate", "--gate", "checker", "--writable", str(free)),
-            agent=f"{PYTHON} {shlex.join(map(str, [script, *arguments]))}",
-        )
-        assert result.status == 0, result.err[-900:]
-        yield Told(result, told_by(repo, result), repo, home, before)
+def attack(place: Path) -> Told:
+    """A run of an agent that knows every path and looks for a way out of the kernel sandbox."""
+    place.mkdir()
+    repo, remote = busy_repository(place), place / "remote.git"
+    home, tools, free = home_of(repo), place / "tools", place / "free"
+    for name in (".ssh/id", ".netrc", ".git-credentials", ".config/gh/hosts.yml", ".config/glab-cli/config.yml"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("secret")
+    (home / ".of-no-forge").write_text("no login of a forge's")
+    for made in (home / ".local/lib", home / ".config/git", home / ".cache/agent-runner/other", tools, free):
+        made.mkdir(parents=True)
+    repo.write(".gitignore", "node_modules\n.venv\n")
+    repo.commit("ignore")
+    repo.write("node_modules/.bin/tool", "#!/bin/sh\necho tool ran\n", mode=0o755)
+    repo.write(".venv/pyvenv.cfg", "")
+    repo.write(".venv/bin/checker", "#!/bin/sh\ntest -e tool-there\n", mode=0o755)
+    (tools / "my-gate").write_text("#!/bin/sh\nexit 0\n")
+    (tools / "my-gate").chmod(0o755)
+    path = os.pathsep.join((str(tools), str(repo.path / ".venv/bin"), os.environ["PATH"]))
+    before = state_of(repo)
+    gate = ("--gate", "my-gate", "--gate", "checker", "--writable", str(free))
+    arguments = (remote, home / ".cache/agent-runner", tools, free, repo.path / "node_modules/.bin/tool")
+    result = run(repo, HOSTILE, *QUIET[2:], *REQUIRE, *gate, arguments=arguments, env={"PATH": path})
+    return Told(result, told_by(repo, result), repo, before)
+
+
+@pytest.fixture
+def hostile(long_runs: dict[str, Told]) -> Told:
+    return long_runs["hostile"]
 
 
 @needs_bwrap
 class TestHostile:
     def test_it_changes_nothing_outside_its_clone(self, hostile: Told) -> None:
-        state = hostile.repo.state()
-        proposal = hostile.repo.git("rev-parse", "agent/issue")
-        state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
-        assert state == hostile.before
+        assert changed_state(hostile.repo, hostile.before) == set()
         remote = Repository(hostile.repo.path.parent / "remote.git")
         assert "mine" not in remote.git("show-ref") + " ".join(os.listdir(remote.path / "refs/heads"))
         assert os.listdir(hostile.repo.path.parent / "beside").count("mine") == 0
@@ -588,7 +612,7 @@ class TestHostile:
 
     def test_credential_stores_are_empty_and_the_rest_of_home_is_there(self, hostile: Told) -> None:
         stores = hostile.by_agent["stores"]
-        assert stores.pop(".aws-like-other") == "not a forge's"
+        assert stores.pop(".of-no-forge") == "no login of a forge's"
         assert [name for name, content in stores.items() if content] == []
 
     def test_the_judges_ground_is_read_only_and_home_is_not(self, hostile: Told) -> None:
@@ -617,103 +641,82 @@ def changed_files(told: Told) -> list[str]:
 
 
 class Meanwhile:
-    """A run whose agent waits until this test has done something as another person."""
+    """A run whose agent waits until the test has done something as another person."""
 
-    AGENT = "import pathlib, time; write('made', ''); write(HOME + '/started', '')\n" + (
+    AGENT = "write('made', ''); write(HOME + '/started', '')\nimport time\n" + (
         "while not os.path.exists(HOME + '/go'): time.sleep(0.01)\n"
     )
 
-    def __init__(self, repo: Repository, *words: str) -> None:
-        script = repo.path.parent / "waiting.py"
-        script.write_text(PRELUDE + self.AGENT, encoding="utf-8")
-        argv = [sys.executable, str(PROGRAM), "issue-to-pr", "issue.md", "--json", "--gate", CHEAP_GATE, *words]
-        environ = os.environ | {"AGENT_CMD": f"{PYTHON} {script} ."}
-        self.process = subprocess.Popen(
-            argv, cwd=repo.path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 30
-        while not (Path.home() / "started").exists():
-            assert time.monotonic() < deadline and self.process.poll() is None
+    def __init__(self, repo: Repository, level: str) -> None:
+        self.home = home_of(repo)
+        self.future = ThreadPoolExecutor(1).submit(run, repo, self.AGENT, *QUIET_SWITCH, "--sandbox", level)
+        while not (self.home / "started").exists():
+            assert not self.future.done(), self.future.result().err
             time.sleep(0.01)
 
     def end(self) -> Result:
-        (Path.home() / "go").touch()
-        out, err = self.process.communicate(timeout=60)
-        return Result(self.process.returncode, out.decode(), err.decode())
+        (self.home / "go").touch()
+        return self.future.result()
+
+
+QUIET_SWITCH = ("--gate", CHEAP_GATE, "--no-baseline", "--json")
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_others_do_meanwhile_is_mentioned_and_not_punished(busy: Repository, level: str) -> None:
-    beside = Repository(busy.path.parent / "beside")
-    upstream = Repository(busy.path.parent / "remote.git")
-    busy.git("fetch", "-q", "origin")
-    tree, parent = beside.tree("HEAD"), upstream.git("rev-parse", "main")
-    new = upstream.git("-c", "user.name=B", "-c", "user.email=b@example.invalid", "commit-tree", tree, "-p", parent)
+@side_by_side
+def test_what_others_do_meanwhile_is_mentioned_and_not_punished(world: World, level: str) -> None:
+    repo = busy_repository(world.path)
+    beside, upstream = Repository(world.path / "beside"), Repository(world.path / "remote.git")
+    repo.git("fetch", "-q", "origin")
+    identity = ("-c", "user.name=B", "-c", "user.email=b@example.invalid")
+    new = upstream.git(*identity, "commit-tree", upstream.tree("main"), "-p", "main", "-m", "by another person")
     upstream.git("update-ref", "refs/heads/other", new)
     upstream.git("tag", "v2", new)
-    run = Meanwhile(busy, "--sandbox", level)
+    waiting = Meanwhile(repo, level)
     beside.git("commit", "-q", "--allow-empty", "-m", "by another person")
-    busy.git("fetch", "-q", "origin")
-    busy.write("calc.py", "edited by another person\n")
-    result = run.end()
+    repo.git("fetch", "-q", "origin")
+    repo.write("calc.py", "edited by another person\n")
+    result = waiting.end()
     assert (result.status, result.report["outcome"]) == (0, "proposed"), result.err
     mentions = " ".join(result.report["mentions"])
     for moved in ("refs/heads/beside", "refs/remotes/origin/other", "refs/tags/v2", "your checkout was edited"):
         assert moved in mentions
-    assert not result.report["moved"] or not any(moved["broken"] for moved in result.report["moved"])
-    assert (busy.path / "calc.py").read_text() == "edited by another person\n"
+    assert not [moved for moved in result.report["moved"] if moved["broken"]]
+    assert (repo.path / "calc.py").read_text() == "edited by another person\n"
 
 
 @needs_bwrap
-def test_under_the_kernel_level_nothing_that_moved_is_the_agents_doing(busy: Repository) -> None:
-    run = Meanwhile(busy, "--sandbox", "require")
-    busy.git("commit", "-q", "--allow-empty", "-m", "mine")
-    busy.git("tag", "-f", "v1")
-    busy.git("branch", "-D", "side")
-    busy.git("stash", "clear")
-    busy.git("config", "a.b", "c")
-    busy.write(".git/hooks/pre-push", "exit 1\n")
-    busy.git("switch", "-q", "-c", "elsewhere")
-    result = run.end()
+@side_by_side
+def test_under_the_kernel_level_nothing_that_moved_is_the_agents_doing(world: World) -> None:
+    repo = busy_repository(world.path)
+    waiting = Meanwhile(repo, "require")
+    repo.git("commit", "-q", "--allow-empty", "-m", "by another person")
+    repo.git("tag", "-f", "v1")
+    repo.git("branch", "-D", "side")
+    repo.git("stash", "clear")
+    repo.git("config", "a.b", "c")
+    repo.write(".git/hooks/pre-push", "exit 1\n")
+    repo.git("switch", "-q", "-c", "elsewhere")
+    result = waiting.end()
     assert (result.status, result.report["outcome"]) == (0, "proposed"), result.err
     mentions = " ".join(result.report["mentions"])
     for moved in ("heads/main", "tags/v1", "heads/side", "refs/stash", "/config", "hooks/pre-push", "HEAD was"):
         assert moved in mentions
     assert "not by the agent" in mentions
-    assert busy.git("branch", "--show-current") == "elsewhere"
+    assert repo.git("branch", "--show-current") == "elsewhere"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_second_proposal_made_meanwhile_is_not_punished(repo: Repository, agent: Any, level: str) -> None:
-    run = Meanwhile(repo, "--sandbox", level)
-    words = ("--sandbox", level, "--gate", CHEAP_GATE, "--no-baseline")
-    assert repo.run("issue-to-pr", "issue.md", *words, agent=agent("open('other', 'w')")).status == 0
+@side_by_side
+def test_a_second_proposal_made_meanwhile_is_not_punished(world: World, level: str) -> None:
+    repo = world.repo
+    waiting = Meanwhile(repo, level)
+    words = ("issue-to-pr", "issue.md", *QUIET_SWITCH, "--sandbox", level)
+    assert repo.run(*words, agent=world.agent("open('other', 'w')")).status == 0
     assert repo.git("branch", "--show-current") == "agent/issue"
-    result = run.end()
+    result = waiting.end()
     assert (result.status, result.report["branch"]) == (0, "agent/issue-2"), result.err
     assert repo.git("branch", "--show-current") == "agent/issue"
-
-
-def test_deleting_or_moving_a_former_proposal_is_not_taken_for_another_runs_doing(repo: Repository, agent: Any) -> None:
-    assert act(repo, "write('made', '')", *OFF).report["branch"] == "agent/issue"
-    assert act(repo, "write('made', '2')", *OFF).report["branch"] == "agent/issue-2"
-    result = act(repo, 'forced("branch", "-f", "agent/issue-2", "agent/issue")', *OFF)
-    assert result.status == 5
-    result = act(repo, 'forced("branch", "-D", "agent/issue")', *OFF)
-    assert result.status == 5 and "refs/heads/agent/issue was deleted" in result.report["message"]
-
-
-def test_without_the_kernel_level_a_change_to_the_supervisor_itself_is_undone_by_the_printed_command(
-    repo: Repository,
-) -> None:
-    own = repo.path / "agent_runner.py"
-    shutil.copy(PROGRAM, own)
-    before = own.read_bytes()
-    result = act(repo, "with open(REAL + '/agent_runner.py', 'a') as own: own.write('# mine')", *OFF, program=own)
-    assert result.status == 5
-    (undo,) = [moved["undo"] for moved in result.report["moved"]]
-    subprocess.run(["sh", "-c", undo], cwd=repo.path, check=True)
-    assert own.read_bytes() == before
 
 
 DAEMON = """
@@ -730,13 +733,12 @@ os.read(ready, 1)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are found on Linux")
+@needs_linux
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_process_that_left_its_session_its_parent_and_its_environment_is_ended(
-    repo: Repository, tmp_path: Path, level: str
-) -> None:
-    mark = f"mark-of-{tmp_path.name}"
-    result = act(repo, f"MARK = {mark!r}\n" + DAEMON, "--sandbox", level)
+@side_by_side
+def test_a_process_that_left_its_session_its_parent_and_its_environment_is_ended(world: World, level: str) -> None:
+    mark = f"mark-{os.getpid()}-{level}"
+    result = act(world.repo, f"MARK = {mark!r}\n{DAEMON}", "--sandbox", level)
     left = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in words_of(entry)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
@@ -751,58 +753,57 @@ def words_of(process: Path) -> str:
         return ""
 
 
+SERVER = """
+import socket, threading
+ours, theirs = socket.socketpair()
+ours.settimeout(20)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        while theirs.send(theirs.recv(1)):
+            pass
+    os._exit(0)
+os.wait()
+theirs.close()
+while not os.path.exists(HOME + "/judged"):
+    time.sleep(0.01)
+for _ in range(30):  # while the supervisor ends what is left of the gate
+    ours.send(b"x")
+    assert ours.recv(1) == b"x", "my server was ended"
+    time.sleep(0.01)
+"""
+
+
+@needs_linux
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_server_of_the_agents_lives_while_the_base_is_judged_beside_it(
-    repo: Repository, agent: Any, hermetic: Path, level: str
-) -> None:
-    code = """
-        import os, time
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                while True:
-                    time.sleep(0.01)
-                    open(os.path.expanduser("~/alive"), "w").write(str(time.monotonic()))
-            os._exit(0)
-        os.wait()
-        judged = os.path.expanduser("~/judged")
-        while not os.path.exists(judged):
-            time.sleep(0.01)
-        time.sleep(0.3)  # the supervisor has ended what was left of the gate by then
-        started = time.monotonic()
-        while float(open(os.path.expanduser("~/alive")).read() or 0) < started:
-            assert time.monotonic() < started + 5, "my server was ended"
-            time.sleep(0.01)
-        open("made", "w")
-    """
-    gate = f'{PYTHON} -c \'import os; open(os.path.expanduser("~/judged"), "w")\''
-    result = repo.run("issue-to-pr", "issue.md", "--sandbox", level, "--gate", gate, agent=agent(code))
-    assert result.status == 0, result.out
+@side_by_side
+def test_a_server_of_the_agents_lives_while_the_base_is_judged_beside_it(world: World, level: str) -> None:
+    judged = home_of(world.repo) / "judged"
+    gate = f"{PYTHON} -c 'open({str(judged)!r}, \"w\")'".replace("'/", '"/').replace("d',", 'd",')
+    result = run(world.repo, f"import time\n{SERVER}", "--json", "--sandbox", level, "--gate", gate)
+    assert result.status == 0, result.err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_agent_has_no_terminal(repo: Repository, agent: Any, level: str) -> None:
-    command = agent("""
-        try:
-            text = str(open("/dev/tty"))
-        except OSError as error:
-            text = "none: " + str(error)
-        open("terminal", "w").write(text)
-    """)
-    pid, terminal = os.forkpty()
-    if pid == 0:
-        os.chdir(repo.path)
-        words = [sys.executable, str(PROGRAM), "issue-to-pr", "issue.md", *QUIET, "--sandbox", level]
-        os.execve(sys.executable, words, os.environ | {"AGENT_CMD": command})
-    with contextlib.suppress(OSError):  # Linux tells the end of a terminal as an error
-        while os.read(terminal, 65536):
-            pass
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert repo.git("show", "agent/issue:terminal").startswith("none: ")
+@side_by_side
+def test_the_agent_has_no_terminal_though_the_supervisor_has_one(world: World, level: str) -> None:
+    code = """
+try:
+    told["terminal"] = str(open("/dev/tty"))
+except OSError as error:
+    told["terminal"] = error.strerror
+"""
+    terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    words = [word for word in QUIET if word != "--json"]
+    result = run(world.repo, code, *words, "--sandbox", level, under=(sys.executable, "-c", terminal))
+    assert result.status == 0, result.out
+    told = json.loads(world.repo.git("show", "agent/issue:told.json"))
+    assert told["terminal"] == "No such device or address"
 
 
-def test_the_supervisors_own_environment_is_untouched(repo: Repository, agent: Any) -> None:
+@side_by_side
+def test_the_supervisors_own_environment_is_untouched(world: World) -> None:
     code = f"""
         import os, sys
         sys.path.insert(0, {str(PROGRAM.parent)!r})
@@ -811,59 +812,57 @@ def test_the_supervisors_own_environment_is_untouched(repo: Repository, agent: A
         status = agent_runner.main({["issue-to-pr", "issue.md", *QUIET, *OFF]!r})
         sys.exit(status if (dict(os.environ), os.getcwd()) == before else 99)
     """
-    environ = os.environ | {"AGENT_CMD": agent("open('made', 'w')"), "GH_TOKEN": "a token of mine"}
+    environ = os.environ | {"AGENT_CMD": world.agent("open('made', 'w')"), "GH_TOKEN": "a token of mine"}
     words = [sys.executable, "-c", textwrap.dedent(code)]
-    assert subprocess.run(words, cwd=repo.path, env=environ, capture_output=True).returncode == 0
+    assert subprocess.run(words, cwd=world.repo.path, env=environ, capture_output=True).returncode == 0
 
+
+# ------------------------------------------------------------------------------ where the run, or its user, stands
 
 BWRAPS = {
-    "absent": (None, "bubblewrap (bwrap) is not installed"),
+    "absent": ("", "bubblewrap (bwrap) is not installed"),
     "broken": ("#!/bin/sh\necho no user namespaces for you >&2\nexit 1\n", "no user namespaces for you"),
 }
 
 
+@needs_linux
 @pytest.mark.parametrize("name", BWRAPS)
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bubblewrap is for Linux")
-def test_without_a_working_bubblewrap_require_refuses_and_auto_says_so(
-    repo: Repository, tmp_path: Path, agent: Any, name: str
-) -> None:
-    script, reason = BWRAPS[name]
-    tools = tmp_path / "tools"
+@side_by_side
+def test_without_a_working_bubblewrap_require_refuses_and_auto_says_so(world: World, name: str) -> None:
+    repo, (script, reason) = world.repo, BWRAPS[name]
+    tools = world.path / "tools"
     tools.mkdir()
-    for tool in ("git", "sh", "find", "chmod", "rm"):
+    for tool in ("git", "sh", "rm", "chmod"):
         (tools / tool).symlink_to(shutil.which(tool) or tool)
     if script:
         (tools / "bwrap").write_text(script)
         (tools / "bwrap").chmod(0o755)
     before, env = repo.state(), {"PATH": str(tools)}
-    refused = repo.run("issue-to-pr", "issue.md", "--sandbox", "require", agent=agent("0"), env=env)
-    assert refused.status == 3 and f"--sandbox require: {reason}" in refused.out.replace(
-        "bubblewrap does not work here (", ""
-    )
+    refused = repo.run("issue-to-pr", "issue.md", *REQUIRE, agent=world.agent("0"), env=env)
+    assert refused.status == 3 and "--sandbox require: " in refused.out and reason in refused.out
     assert repo.state() == before
     words = ("--gate", CHEAP_GATE, "--no-baseline", "--no-switch")
-    result = repo.run("issue-to-pr", "issue.md", *words, agent=agent("open('made', 'w')"), env=env)
+    result = repo.run("issue-to-pr", "issue.md", *words, agent=world.agent("open('made', 'w')"), env=env)
     assert result.status == 0 and reason in result.out and "without the kernel level" in result.out
 
 
 # AGENT_CMD, the folder to start in, and the gate, all of them programs that only the checkout holds.
 UNTRACKED = {
     "by path": ("./agent.sh", "", "./check.sh"),
-    "by a shell": ("sh agent.sh", "", "sh check.sh"),
+    "by a shell": ("sh ./agent.sh one two", "", "sh -e check.sh"),
     "from a sub-folder": ("../agent.sh", "sub", "sh ../check.sh"),
     "by name": ("my-agent", "", "my-check"),
-    "as an option's value": ("sh -e ./agent.sh one two", "", "sh -e check.sh"),
 }
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", UNTRACKED)
+@side_by_side
 def test_programs_that_only_the_checkout_holds_work_and_are_no_part_of_the_change(
-    repo: Repository, name: str, level: str
+    world: World, name: str, level: str
 ) -> None:
-    command, folder, gate = UNTRACKED[name]
+    repo, (command, folder, gate) = world.repo, UNTRACKED[name]
     repo.write(".gitignore", "*.log\nnode_modules\nprepare.sh\n")
-    repo.write("sub/inner.py", "INNER = 1\n")
     repo.write("sub/issue.md", "# Do it\n")
     repo.commit()
     tamper = '(echo >> "$0") 2>/dev/null || :' if level == "require" else ":"
@@ -885,19 +884,16 @@ def test_programs_that_only_the_checkout_holds_work_and_are_no_part_of_the_chang
     assert {name for name in state if state[name] != before.get(name)} == {"refs"}
 
 
-# ------------------------------------------------------------------------------ where the run, or its user, lies
-
-
 @needs_bwrap
-def test_what_the_judge_would_find_outside_the_repository_cannot_be_planted(
-    repo: Repository, hermetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tools = [hermetic / "not-there-yet", hermetic / "there", tmp_path / "tools"]
+@side_by_side
+def test_what_the_judge_would_find_outside_the_repository_cannot_be_planted(world: World) -> None:
+    repo, home = world.repo, home_of(world.repo)
+    tools = [home / "not-there-yet", home / "there", world.path / "tools"]
     for folder in tools[1:]:
         folder.mkdir()
     (tools[2] / "helper").write_text("#!/bin/sh\necho original\n")
     (tools[2] / "helper").chmod(0o755)
-    monkeypatch.setenv("PATH", os.pathsep.join((*map(str, tools), os.environ["PATH"])))
+    env = {"PATH": os.pathsep.join((*map(str, tools), os.environ["PATH"]))}
     python = os.path.realpath(sys.executable)  # of a virtual environment, the one with a user site folder
     code = f"""
 site = subprocess.check_output([{python!r}, "-c", "import site; print(site.getusersitepackages())"], text=True)
@@ -915,19 +911,20 @@ for path in (HOME + "/.gitconfig", HOME + "/.config/git/config"):
         told[path] = str(error)
 """
     gates = ("--gate", "sh -c 'test $(helper) = original'", "--gate", f"{shlex.quote(python)} -c pass")
-    result = act(repo, code, *gates, "--sandbox", "require")
+    result = act(repo, code, *gates, *REQUIRE, env=env)
+    assert result.status == 0, result.err
     assert [check["name"] for check in result.report["gate"] if not check["passed"]] == []
-    assert not (hermetic / ".gitconfig").exists() and not (hermetic / ".config").exists()
+    assert not (home / ".gitconfig").exists() and not (home / ".config").exists()
     assert [moved["what"] for moved in result.report["moved"]] == []
 
 
 @needs_bwrap
-def test_a_link_in_the_place_of_the_users_configuration_is_seen_where_no_mount_can_hold_it(
-    repo: Repository, hermetic: Path
-) -> None:
-    (hermetic / "dotfiles").mkdir()
-    (hermetic / "dotfiles/gitconfig").write_text("[core]\n\tabbrev = 12\n")
-    (hermetic / ".gitconfig").symlink_to("dotfiles/gitconfig")
+@side_by_side
+def test_a_link_to_the_users_configuration_which_no_mount_can_hold_is_watched(world: World) -> None:
+    repo, home = world.repo, home_of(world.repo)
+    (home / "dotfiles").mkdir()
+    (home / "dotfiles/gitconfig").write_text("[core]\n\tabbrev = 12\n")
+    (home / ".gitconfig").symlink_to("dotfiles/gitconfig")
     code = """
 try:
     write(HOME + "/.gitconfig", "[core]")
@@ -936,46 +933,46 @@ except OSError as error:
     os.unlink(HOME + "/.gitconfig")
     write(HOME + "/.gitconfig", "[core]")
 """
-    result = act(repo, code, "--sandbox", "require")
+    result = act(repo, code, *REQUIRE)
     assert result.status == 5 and result.report["outcome"] == "rule-broken"
     subprocess.run(["sh", "-c", result.report["moved"][0]["undo"]], cwd=repo.path, check=True)
-    assert (hermetic / ".gitconfig").read_text() == "[core]\n\tabbrev = 12\n"
+    assert (home / ".gitconfig").read_text() == "[core]\n\tabbrev = 12\n"
 
 
 @needs_bwrap
-def test_login_agents_are_out_of_reach_unless_given_back(repo: Repository, hermetic: Path, tmp_path: Path) -> None:
-    runtime, sockets = tmp_path / "runtime", []
-    runtime.mkdir()
-    for place in (runtime / "bus", runtime / "agent", tmp_path / "agent"):
-        sockets.append(socket.socket(socket.AF_UNIX))
-        sockets[-1].bind(str(place))
-        sockets[-1].listen()
-    code = f"""
+@side_by_side
+def test_login_agents_are_out_of_reach_unless_given_back(world: World) -> None:
+    places = [world.path / name for name in ("agent", "runtime/agent", "runtime/bus")]
+    (world.path / "runtime").mkdir()
+    sockets = [socket.socket(socket.AF_UNIX) for _ in places]
+    for each, place in zip(sockets, places, strict=True):
+        each.bind(str(place))
+        each.listen()
+    code = """
 import socket
 told["reached"] = []
-for place in {[str(runtime / "bus"), str(runtime / "agent"), str(tmp_path / "agent")]!r}:
+for place in sys.argv[2:]:
     try:
         socket.socket(socket.AF_UNIX).connect(place)
-        told["reached"].append(os.path.relpath(place, {str(tmp_path)!r}))
+        told["reached"].append(place)
     except OSError:
         pass
 """
     for agent, words, reached in (
-        (tmp_path / "agent", (), []),
-        (tmp_path / "agent", ("--keep-env", "SSH_AUTH_SOCK"), ["agent"]),
-        (runtime / "agent", ("--keep-env", "SSH_AUTH_SOCK"), ["runtime/agent", "agent"]),
+        (places[0], (), []),
+        (places[1], ("--keep-env", "SSH_AUTH_SOCK"), [str(places[0]), str(places[1])]),
     ):
-        env = {"SSH_AUTH_SOCK": str(agent), "XDG_RUNTIME_DIR": str(runtime)}
-        result = act(repo, code, "--sandbox", "require", *words, env=env)
-        assert told_by(repo, result)["reached"] == reached
+        env = {"SSH_AUTH_SOCK": str(agent), "XDG_RUNTIME_DIR": str(world.path / "runtime")}
+        result = act(world.repo, code, *REQUIRE, *words, arguments=tuple(places), env=env)
+        assert told_by(world.repo, result)["reached"] == reached
     for each in sockets:
         each.close()
 
 
 @needs_bwrap
-def test_stores_and_configuration_are_found_where_the_xdg_variables_have_moved_them(
-    repo: Repository, tmp_path: Path
-) -> None:
+@side_by_side
+def test_stores_and_configuration_are_found_where_the_xdg_variables_have_moved_them(world: World) -> None:
+    repo, tmp_path = world.repo, world.path
     for name in ("config/gh/hosts.yml", "config/git/config", "data/keyrings/login", "config/tool"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -989,7 +986,7 @@ except OSError as error:
     told["refused"] = str(error)
 """
     env = {"XDG_CONFIG_HOME": str(tmp_path / "config"), "XDG_DATA_HOME": str(tmp_path / "data")}
-    result = act(repo, code, "--sandbox", "require", env=env)
+    result = act(repo, code, *REQUIRE, env=env)
     told = told_by(repo, result)
     assert told["seen"] == [0, 0] and "refused" in told
     assert (tmp_path / "config/tool").read_text() == "mine"
@@ -997,35 +994,34 @@ except OSError as error:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("place", ["through a link", "in a sub-folder", "in a linked work tree", "cache inside"])
-def test_the_guard_holds_wherever_the_user_stands(busy: Repository, tmp_path: Path, level: str, place: str) -> None:
-    start, real, env = busy.path, busy.path, {}
+@side_by_side
+def test_the_guard_holds_wherever_the_user_stands(world: World, level: str, place: str) -> None:
+    repo = busy_repository(world.path)
+    start, real, env = repo.path, repo.path, {}
     if place == "through a link":
-        start = tmp_path / "link"
-        start.symlink_to(busy.path)
+        start = world.path / "link"
+        start.symlink_to(repo.path)
     elif place == "in a sub-folder":
-        busy.write("sub/issue.md", "# Do it\n")
-        busy.commit()
-        start = busy.path / "sub"
+        repo.write("sub/issue.md", "# Do it\n")
+        repo.commit()
+        start = repo.path / "sub"
     elif place == "in a linked work tree":
-        start = real = tmp_path / "beside"
+        start = real = world.path / "beside"
     else:
-        env = {"XDG_CACHE_HOME": str(busy.path / ".cache")}
-        busy.write(".gitignore", ".cache\n")
-        busy.commit()
-    code = f"""
-for number, folder in enumerate({[str(start), str(real), str(busy.path)]!r}):
-    git(f"commit {{number}}", "-C", folder, "commit", "-q", "--allow-empty", "-m", "mine")
-    told[f"there {{number}}"] = os.path.isdir(folder) and sorted(os.listdir(folder))
+        env = {"XDG_CACHE_HOME": str(repo.path / ".cache")}
+        repo.write(".gitignore", ".cache\n")
+        repo.commit()
+    code = """
+for number, folder in enumerate(sys.argv[2:]):
+    git(f"commit {number}", "-C", folder, "commit", "-q", "--allow-empty", "-m", "mine")
+    told[f"there {number}"] = sorted(os.listdir(folder))
 told["cwd"] = os.getcwd()
 """
-    before = state_of(busy)
-    result = act(Repository(start), code, "--sandbox", level, env=env, folder=tmp_path)
-    assert result.status == 0, result.err
-    told = told_by(busy, result)
-    state = state_of(busy)
-    proposal = busy.git("rev-parse", "agent/issue")
-    state["refs"] = state["refs"].replace(f"{proposal} refs/heads/agent/issue\n", "")
-    assert {name for name in state if state[name] != before.get(name)} == set()
+    before = state_of(repo)
+    arguments = (start, real, repo.path)
+    result = act(Repository(start), code, "--sandbox", level, env=env, arguments=arguments, place=world.path)
+    told = told_by(repo, result)
+    assert changed_state(repo, before) == set()
     if level == "require":
         assert told["cwd"] == str(start.resolve())
         assert told["there 2"] == ([".git"] if place == "in a linked work tree" else told["there 1"])
@@ -1036,7 +1032,9 @@ told["cwd"] = os.getcwd()
 SHADOWING = ["random", "queue", "types", "inspect", "traceback", "token", "signal", "ctypes", "urllib", "difflib"]
 
 
-def test_modules_beside_the_program_are_not_taken_for_the_standard_librarys(repo: Repository) -> None:
+@side_by_side
+def test_modules_beside_the_program_are_not_taken_for_the_standard_librarys(world: World) -> None:
+    repo = world.repo
     for name in SHADOWING:
         repo.write(f"{name}.py", "raise SystemExit('the wrong module')\n")
     repo.commit()
@@ -1047,68 +1045,67 @@ def test_modules_beside_the_program_are_not_taken_for_the_standard_librarys(repo
     assert result.status == 3 and "--simulate" in result.out
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("command", [("issue-to-pr", "issue.md"), ("self-heal",)])
-def test_simulated_escape_shows_what_became_of_each_try(busy: Repository, level: str, command: tuple[str, ...]) -> None:
-    words = ("--simulate", "escape", "--no-switch", "--sandbox", level)
-    gate = f"{PYTHON} -c 'import agent_demo as a; assert a.apply_discount(200, 10) == 180'"
-    before = state_of(busy)
-    result = busy.run(*command, *words, "--gate", gate, "--no-baseline")
-    assert result.status == 0 and "PROPOSED" in result.out, result.out
-    lines = [line.partition("│")[2].strip() for line in result.out.splitlines() if "│" in line]
-    outcomes = {line[:34].strip(): line[34:].strip() for line in lines if " refused" in line or " worked" in line}
-    local = {name for name, became in outcomes.items() if became == "worked, on this disposable clone only"}
-    own = {"commit here", "merge into main here", "tag here", "change Git's configuration here", "plant a hook here"}
-    real = {name for name in outcomes if "the real repository" in name}
-    assert len(real) == 5 and local == (own | real if level == "require" else own)
-    assert {"push by name", "open a pull request with gh"} <= outcomes.keys() - local
-    assert len([name for name in outcomes if name.startswith("push by address")]) >= 1
-    branch = "agent/issue" if "issue.md" in command else "agent/self-heal"
-    assert set(busy.git("diff", "--name-only", "main", branch).splitlines()) == {"agent_demo.py", "test_agent_demo.py"}
-    state = state_of(busy)
-    state["refs"] = state["refs"].replace(f"{busy.git('rev-parse', branch)} refs/heads/{branch}\n", "")
-    assert {name for name in state if state[name] != before.get(name)} == set()
-
-
-def test_an_ordinary_user_has_the_same_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.name == "nt" or os.getuid() != 0:
-        pytest.skip("every other test here runs as an ordinary user already")
-    python, bwrap = "/usr/bin/python3", shutil.which("bwrap")
-    if not os.access(python, os.X_OK) or not bwrap:
-        pytest.skip("no Python or bubblewrap that every user may run")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder).resolve()
-        place.chmod(0o755)
-        (place / "home").mkdir()
-        repo = small_app(place / "app")
-        shutil.copy(PROGRAM, place / "agent_runner.py")
-        agent = place / "agent.py"
-        agent.write_text(PRELUDE + ORDINARY + "\ntell()\n")
-        for path in (place, *place.rglob("*")):
-            os.chown(path, 65534, 65534, follow_symlinks=False)
-        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
-        monkeypatch.setenv("GIT_CONFIG_KEY_0", "safe.directory")
-        monkeypatch.setenv("GIT_CONFIG_VALUE_0", "*")
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(place / "home"), "LC_ALL": "C.UTF-8"}
-        env["AGENT_CMD"] = shlex.join([python, str(agent), str(repo.path)])
-        words = ("issue-to-pr", "issue.md", "--gate", "true", "--no-baseline", "--no-switch", "--json")
-        become = (
-            "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
-        )
-        for level in ("require", "off"):
-            argv = [sys.executable, "-c", become, python, str(place / "agent_runner.py"), *words, "--sandbox", level]
-            done = subprocess.run(argv, cwd=repo.path, env=env, capture_output=True, text=True)
-            if level == "require" and done.returncode == 3 and "bubblewrap does not work here" in done.stdout:
-                continue  # forbidden to ordinary users here
-            assert done.returncode == 0, done.stderr
-            told = told_by(repo, Result(0, done.stdout, done.stderr))
-            status, said = told["tried"]["commit"]
-            assert (status == 0) if level == "require" else (status != 0 and REFUSED in said)
-            assert told["tried"]["umount"][0] != 0
-        assert repo.git("rev-list", "--count", "main") == "1"
-
-
 ORDINARY = """
 real("commit", "commit", "-q", "--allow-empty", "-m", "mine")
 tried("umount", "unshare", "-Urm", "umount", "-l", REAL)
 """
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="all tests here run as an ordinary user already")
+@pytest.mark.parametrize("level", LEVELS)
+@side_by_side
+def test_an_ordinary_user_has_the_same_guard(world: World, level: str) -> None:
+    python, place = "/usr/bin/python3", Path(tempfile.mkdtemp()).resolve()
+    repo = small_app(place / "app")
+    try:
+        (place / "home").mkdir()
+        shutil.copy(PROGRAM, place / "agent_runner.py")
+        (place / "agent.py").write_text(f"{PRELUDE}{ORDINARY}\ntell()\n")
+        for path in (place, *place.rglob("*")):
+            os.chown(path, 65534, 65534, follow_symlinks=False)
+        words = ("issue-to-pr", "issue.md", "--gate", "true", "--no-baseline", "--no-switch", "--json")
+        become = (
+            "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        argv = [sys.executable, "-c", become, python, str(place / "agent_runner.py"), *words, "--sandbox", level]
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(place / "home"), "LC_ALL": "C.UTF-8"}
+        env["AGENT_CMD"] = shlex.join([python, str(place / "agent.py"), str(repo.path)])
+        if not os.access(python, os.X_OK):
+            pytest.skip("no Python that every user may run")
+        done = subprocess.run(argv, cwd=repo.path, env=env, capture_output=True, text=True)
+        if "bubblewrap does not work here" in done.stderr:
+            pytest.skip("user namespaces are forbidden to ordinary users here")
+        assert done.returncode == 0, done.stderr
+        as_root = ["git", "-c", "safe.directory=*", "-C", str(repo.path)]
+        told = json.loads(subprocess.check_output([*as_root, "show", "agent/issue:told.json"]))
+        status, said = told["tried"]["commit"]
+        assert (status == 0) if level == "require" else (status != 0 and REFUSED in said)
+        assert told["tried"]["umount"][0] != 0
+        assert subprocess.check_output([*as_root, "rev-list", "--count", "main"]) == b"1\n"
+    finally:
+        shutil.rmtree(place)
+
+
+# ------------------------------------------------------------------------------------------- all of it, for a learner
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("command", [("issue-to-pr", "issue.md"), ("self-heal",)], ids=["issue-to-pr", "self-heal"])
+@side_by_side
+def test_simulated_escape_shows_what_became_of_each_try(world: World, level: str, command: tuple[str, ...]) -> None:
+    repo = busy_repository(world.path)
+    gate = f"{PYTHON} -c 'import agent_demo as a; assert a.apply_discount(200, 10) == 180'"
+    words = ("--simulate", "escape", "--no-switch", "--no-baseline", "--sandbox", level, "--gate", gate)
+    before = state_of(repo)
+    result = repo.run(*command, *words, env={"HOME": str(home_of(repo))})
+    assert result.status == 0 and "PROPOSED" in result.out, result.out
+    lines = [line.partition("│")[2].strip() for line in result.out.splitlines() if "│" in line]
+    became = {line[:34].strip(): line[34:].strip() for line in lines if " refused" in line or " worked" in line}
+    here = {name for name, text in became.items() if text == "worked, on this disposable clone only"}
+    own = {"commit here", "merge into main here", "tag here", "change Git's configuration here", "plant a hook here"}
+    real = {name for name in became if "the real repository" in name}
+    assert len(real) == 5 and here == (own | real if level == "require" else own)
+    assert {"push by name", "push by address, forced, no hooks", "open a pull request with gh"} <= became.keys() - here
+    branch = "agent/issue" if "issue.md" in command else "agent/self-heal"
+    assert set(repo.git("diff", "--name-only", "main", branch).splitlines()) == {"agent_demo.py", "test_agent_demo.py"}
+    assert changed_state(repo, before, branch) == set()
