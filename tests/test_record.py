@@ -427,17 +427,15 @@ def settled(text: str) -> list[str]:
 def test_on_a_terminal_and_only_there_the_running_step_shows_its_time_and_the_latest_line(
     repo: Repository, agent: Any
 ) -> None:
-    slow = agent(SLOW)
-    shown = on_terminal(repo, slow, NO_COLOR="")
+    shown = on_terminal(repo, agent(SLOW), NO_COLOR="")
     repo.git("switch", "-q", "main")
-    plain = repo.run(*shlex.split(CHEAP), agent=slow).out
+    plain = repo.run(*shlex.split(CHEAP), agent=agent(SLOW.replace("1.2", "0"))).out
     assert "  0:00 reading calc.py\r\x1b[K" in shown
     assert "  0:01 reading calc.py\r\x1b[K" in shown
     assert "\x1b[1m▸ attempt 1 of 1" in shown
     assert "\x1b[31mcalc.py\x1b[0m" in shown
     assert "\r" not in plain and "\x1b" not in plain and "  0:0" not in plain
-    assert settled(shown)[5:9] == settled(plain)[5:9]
-    assert len(settled(shown)) == len(settled(plain))
+    assert settled(shown)[5:] == settled(plain)[5:]
 
 
 def test_no_color_takes_the_colours_away(repo: Repository, agent: Any) -> None:
