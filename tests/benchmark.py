@@ -108,7 +108,8 @@ def on_way_to_agent_and_verdict(bench: Bench, files: int) -> list[list[str]]:
     """(c) Start of the run to start of the agent; (d) from its end, after a one-line change, to the gate's start."""
     repo, stamps = bench.repository(files), bench.folder / "stamps"
     stamp = shlex.join([sys.executable, "-S", "-c", STAMP, str(stamps)])
-    edit = f"{STAMP}\nopen('calc.py', 'a').write('# a line\\n')\n{STAMP}"
+    work = f"time.sleep({files / 20_000})"  # a short time for an agent; the judge's checkout is made meanwhile
+    edit = f"{STAMP}\n{work}\nopen('calc.py', 'a').write('# a line\\n')\n{STAMP}"
     agent = shlex.join([sys.executable, "-S", "-c", edit, str(stamps)])
     added, started, judged = [], [], []
     for _ in range(max(3, bench.rounds // 3)):

@@ -67,8 +67,9 @@ class Place:
             self.repo.write("test_calc.py", "edited = True\n")
             self.repo.git("add", "test_calc.py")
             self.repo.write("issue.md", "edited")
-        (path / "git").write_text(KILLING_GIT.format(git=shutil.which("git")))
-        (path / "git").chmod(0o755)
+        (path / "bin").mkdir()  # folders on PATH are read-only to the agent
+        (path / "bin" / "git").write_text(KILLING_GIT.format(git=shutil.which("git")))
+        (path / "bin" / "git").chmod(0o755)
         (path / "calls").touch()
         self.base = self.repo.git("rev-parse", "HEAD")
         self.env = os.environ | {"AGENT_CMD": agent, "XDG_CACHE_HOME": str(path / "cache")}
@@ -80,7 +81,7 @@ class Place:
         command, sandbox = self.plan
         issue = ["issue.md"] if command == "issue-to-pr" else []
         argv = [sys.executable, str(PROGRAM), command, *issue, "--gate", GATE, "--sandbox", sandbox]
-        path = f"{self.path}{os.pathsep}{os.environ['PATH']}"
+        path = f"{self.path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         told = {"PATH": path, "CALLS": str(self.path / "calls"), "KILL_AT": str(point.call)}
         with open(self.path / "log", "a") as log:
             child = subprocess.Popen(
