@@ -419,8 +419,8 @@ def test_new_test_that_the_gate_never_ran_is_told(repo: Repository, agent: Any) 
 
 
 UNRULY = """
-import pathlib, subprocess, sys
-real = pathlib.Path(sys.argv[1])
+import pathlib
+real = pathlib.Path(REAL)
 git = real / ".git"
 (git / "HEAD").write_text("ref: refs/heads/it's-mine\\n")
 (git / "refs/heads/it's-mine").write_text((git / "refs/heads/main").read_text())
@@ -441,7 +441,7 @@ def test_each_printed_undo_puts_one_thing_back(repo: Repository, agent: Any) -> 
     repo.write(".git/hooks/pre-push", "#!/bin/sh\nexit 0\n", mode=0o755)
     repo.commit("second")
     before = repo.state()
-    unruly = agent(UNRULY, arguments=shlex.quote(str(repo.path)))
+    unruly = agent(f"REAL = {str(repo.path)!r}\n{UNRULY}")
     words = ("issue-to-pr", "issue.md", "--json", "--no-baseline", "--sandbox", "off", "--gate", CHEAP_GATE)
     result = repo.run(*words, agent=unruly)
     assert result.status == 5, result.err

@@ -20,7 +20,7 @@ from conftest import CHEAP_GATE, PROGRAM, ROOT, Repository, Result, isolate, nee
 
 SCHEMA = json.loads((ROOT / "tests" / "report.schema.json").read_text(encoding="utf-8"))
 
-# Agents, as Python; the real repository's path is their first argument.
+# Agents, as Python; REAL is the real repository's path, which a command's words cannot name.
 TRIPLE = """
 import pathlib
 calc = pathlib.Path("calc.py")
@@ -31,7 +31,7 @@ pathlib.Path("test_triple.py").write_text(test)
 WRONG = TRIPLE.replace("x * 3", "x + 3")
 MEND = 'import pathlib\npathlib.Path("calc.py").write_text("def double(x):\\n    return x * 2\\n")\n'
 FAIL = 'print("no credit left")\nraise SystemExit(7)\n'
-ESCAPE = TRIPLE + 'import shutil, sys\nheads = pathlib.Path(sys.argv[1], ".git/refs/heads")\n'
+ESCAPE = TRIPLE + 'import shutil\nheads = pathlib.Path(REAL, ".git/refs/heads")\n'
 ESCAPE += 'shutil.copy(heads / "main", heads / "it\'s-mine")\n'
 ENDED = TRIPLE + "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
 FLAKY = """
@@ -218,8 +218,8 @@ def make(case: Case, folder: Path) -> Ended:
     if case.app == "no-records":
         app.write(".git/agent-runner", "a file in the place of the folder\n")
     script = folder / "agent.py"
-    script.write_text(case.agent or "", encoding="utf-8")
-    agent = shlex.join([sys.executable, "-S", str(script), str(app.path)]) if case.agent else None
+    script.write_text(f"REAL = {str(app.path)!r}\n{case.agent}", encoding="utf-8")
+    agent = shlex.join([sys.executable, "-S", str(script)]) if case.agent else None
     return Ended(case, app, app.run(*shlex.split(case.words), "--json", agent=agent))
 
 
