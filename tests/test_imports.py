@@ -116,9 +116,14 @@ RIGHT = "printf 'def triple(x):\\n    return x * 3\\n' >> src/shop/prices.py"
 WRONG = "printf 'def double(x):\\n    return x * 3\\n' >> src/shop/prices.py"
 
 
-def drive(repo: Repository, script: str, *options: str, level: str, env: dict[str, str] | None = None) -> Result:
+def drive(repo: Repository, command: str, *options: str, level: str, env: dict[str, str] | None = None) -> Result:
     words = ("issue-to-pr", "issue.md", "--json", "--no-baseline", "--no-switch", "--sandbox", level, *options)
-    return repo.run(*words, agent=shlex.join(["sh", "-ec", script]), env=env)
+    return repo.run(*words, agent=command, env=env)
+
+
+def sh(script: str) -> str:
+    """An agent of a line of shell."""
+    return shlex.join(["sh", "-ec", script])
 
 
 def is_judged_on_its_own_code(repo: Repository, check: str, *, level: str, env: dict[str, str] | None = None) -> bool:
@@ -128,7 +133,7 @@ def is_judged_on_its_own_code(repo: Repository, check: str, *, level: str, env: 
     """
     cases = ((f"{RIGHT}; {check} triple 9", f"{check} triple 9"), (WRONG, f"{check} double 6"))
     with ThreadPoolExecutor(2) as pool:
-        right, wrong = pool.map(lambda case: drive(repo, case[0], "--gate", case[1], level=level, env=env), cases)
+        right, wrong = pool.map(lambda case: drive(repo, sh(case[0]), "--gate", case[1], level=level, env=env), cases)
     assert right.status == 0, right.out + right.err
     assert wrong.status == 1, wrong.out + wrong.err
     return not right.report["findings"]
@@ -188,14 +193,14 @@ def test_repair_of_an_editable_install_is_proposed_and_a_wrong_one_is_not(
 def test_interpreter_behind_a_shell_is_found(projects: dict[tuple[str, str], Project]) -> None:
     project = projects["path-entry", "outside"]
     gate = shlex.join(["sh", "-c", f"{project.check} triple 9"])
-    assert drive(project.repo, RIGHT, "--gate", gate, level="off").status == 0
+    assert drive(project.repo, sh(RIGHT), "--gate", gate, level="off").status == 0
 
 
 def test_setup_sees_the_clone_too(projects: dict[tuple[str, str], Project]) -> None:
     project = projects["import-hook", "outside"]
     setup = "import os, shop; assert shop.__file__.startswith(os.getcwd()), shop.__file__"
     words = ("--setup", shlex.join([project.environment.python, "-c", setup]), "--gate", f"{project.check} triple 9")
-    result = drive(project.repo, RIGHT, *words, level="off")
+    result = drive(project.repo, sh(RIGHT), *words, level="off")
     assert result.status == 0, result.out + result.err
 
 
@@ -228,9 +233,24 @@ def test_pythonpath_is_followed_where_the_user_wants_a_standard_librarys_name_fi
     repo.commit()
     gate = shlex.join([sys.executable, "checks/check.py"])
     script = RIGHT.replace("src/shop/prices.py", "calc.py")
-    result = drive(repo, script, "--gate", gate, level="off", env={"PYTHONPATH": str(repo.path)})
+    result = drive(repo, sh(script), "--gate", gate, level="off", env={"PYTHONPATH": str(repo.path)})
     assert result.status == 0, result.out + result.err
     assert not result.report["findings"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_script_of_the_gates_that_no_commit_holds_runs_beside_the_changed_code(repo: Repository, level: str) -> None:
+    repo.write("check.py", "import calc\n\nassert calc.triple(3) == 9\n")
+    repo.write("right.sh", RIGHT.replace("src/shop/prices.py", "calc.py"))
+    repo.write("wrong.sh", "echo >> calc.py")
+    check = shlex.join([sys.executable, "-S", "check.py"])
+    # No other command sees it, nor the agent's script: no proposal holds them.
+    gate = [word for command in (check, "test ! -e check.py", "test ! -e right.sh") for word in ("--gate", command)]
+    with ThreadPoolExecutor(2) as pool:
+        agents = ("sh right.sh", "sh wrong.sh")
+        right, wrong = pool.map(lambda command: drive(repo, command, *gate, level=level), agents)
+    assert right.status == 0, right.out + right.err
+    assert wrong.status == 1, wrong.out + wrong.err
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -244,7 +264,7 @@ def test_module_with_a_standard_librarys_name_does_not_break_the_gate_and_is_rep
     environment.add_path_entry(repo.path)
     gate = ("--gate", f"{environment.path}/bin/pytest -q tests/test_calc.py")
     script = "printf 'import calc\\n\\n\\ndef test_x():\\n    assert calc.x == 1\\n' > tests/test_calc.py"
-    result = drive(repo, script, *gate, level=level)
+    result = drive(repo, sh(script), *gate, level=level)
     assert result.status == 0, result.out + result.err
     found = [finding["path"] for finding in result.report["findings"] if finding["kind"] == "unfaithful"]
     assert ("calc" in found) == (level == "off"), found
@@ -258,6 +278,6 @@ def test_environment_cannot_be_written_under_the_kernel_level(
     repo, environment = projects["path-entry", place]
     planted = environment.site / "planted.pth"
     gate = shlex.join([environment.python, "-c", "pass"])
-    result = drive(repo, f"touch {shlex.quote(str(planted))} || {RIGHT}", "--gate", gate, level="require")
+    result = drive(repo, sh(f"touch {shlex.quote(str(planted))} || {RIGHT}"), "--gate", gate, level="require")
     assert result.status == 0, result.out + result.err
     assert not planted.exists()
