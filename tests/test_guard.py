@@ -43,7 +43,7 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="o
 PRELUDE = """\
 import json, os, pathlib, subprocess, sys
 
-REAL, attempts = sys.argv[1], {}
+attempts = {}
 told = {"tried": attempts}
 HOME = os.path.expanduser("~")
 
@@ -101,11 +101,16 @@ def home_of(repo: Repository) -> Path:
     return home
 
 
+def text_of(repo: Repository, code: str) -> str:
+    """An agent's text. It holds the real path itself: a word of its command would be made the clone's."""
+    return f"REAL = {str(repo.path)!r}\n{PRELUDE}{code}\ntell()\n"
+
+
 def run(repo: Repository, code: str, *words: str, arguments: tuple[object, ...] = (), **more: Any) -> Result:
     """Run an agent of a few lines, with a home folder of its own."""
     script = more.pop("place", repo.path.parent) / "agent.py"
-    script.write_text(f"{PRELUDE}{code}\ntell()\n", encoding="utf-8")
-    command = f"{PYTHON} {shlex.join(map(str, (script, repo.path, *arguments)))}"
+    script.write_text(text_of(repo, code), encoding="utf-8")
+    command = f"{PYTHON} {shlex.join(map(str, (script, *arguments)))}"
     more["env"] = {"HOME": str(script.parent / "home")} | more.get("env", {})
     (script.parent / "home").mkdir(exist_ok=True)
     return repo.run("issue-to-pr", "issue.md", *words, agent=command, **more)
@@ -219,11 +224,11 @@ for name in ("gh", "glab", "tea"):
 tried("credential", "sh", "-c", "printf 'protocol=https\\nhost=forge.invalid\\n\\n' | git credential fill")
 git("ssh", "ls-remote", "ssh://git@forge.invalid/ada/app.git")
 
-for words in json.loads(sys.argv[2]):
+for words in json.loads(sys.argv[1]):
     real("real: " + " ".join(words), *words)
-for words in json.loads(sys.argv[3]):
-    git("beside: " + " ".join(words), "-C", sys.argv[4], *words)
-for where, words in json.loads(sys.argv[5]):
+for words in json.loads(sys.argv[2]):
+    git("beside: " + " ".join(words), "-C", sys.argv[3], *words)
+for where, words in json.loads(sys.argv[4]):
     git(f"push from {where}: " + " ".join(words), "-C", where, "push", *words)
 
 git("commit here", "commit", "-q", "--allow-empty", "-m", "mine")
@@ -489,7 +494,7 @@ def test_without_the_kernel_level_a_change_to_the_supervisor_itself_is_undone_by
 
 HOSTILE = """
 import ctypes, glob, sysconfig
-remote, cache = sys.argv[2:4]
+remote, cache = sys.argv[1:3]
 told["beside"] = os.listdir(os.path.dirname(REAL) + "/beside")
 roots = ["", "/proc/self/root", "/proc/1/root", *glob.glob("/proc/[0-9]*/root")]
 roots += [cwd + "/../.." for cwd in glob.glob("/proc/[0-9]*/cwd")]
@@ -541,7 +546,7 @@ def writes(path):
 
 
 folders = {"interpreter": os.path.dirname(os.path.realpath(sys.executable)), "prefix": sys.prefix}
-folders |= {"site": HOME + "/.local/lib", "tool": sys.argv[4], "writable": sys.argv[5], "home": HOME}
+folders |= {"site": HOME + "/.local/lib", "tool": sys.argv[3], "writable": sys.argv[4], "home": HOME}
 folders |= {"environment": REAL + "/.venv", "node": REAL + "/node_modules", "config": HOME + "/.config/git"}
 told["writes"] = {name: writes(path) for name, path in folders.items()}
 told["environment"] = sorted(os.listdir(REAL + "/.venv"))
@@ -951,7 +956,7 @@ def test_login_agents_are_out_of_reach_unless_given_back(world: World) -> None:
     code = """
 import socket
 told["reached"] = []
-for place in sys.argv[2:]:
+for place in sys.argv[1:]:
     try:
         socket.socket(socket.AF_UNIX).connect(place)
         told["reached"].append(place)
@@ -1012,14 +1017,14 @@ def test_the_guard_holds_wherever_the_user_stands(world: World, level: str, plac
         repo.write(".gitignore", ".cache\n")
         repo.commit()
     code = """
-for number, folder in enumerate(sys.argv[2:]):
+for number, folder in enumerate(FOLDERS):
     git(f"commit {number}", "-C", folder, "commit", "-q", "--allow-empty", "-m", "mine")
     told[f"there {number}"] = sorted(os.listdir(folder))
 told["cwd"] = os.getcwd()
 """
     before = state_of(repo)
-    arguments = (start, real, repo.path)
-    result = act(Repository(start), code, "--sandbox", level, env=env, arguments=arguments, place=world.path)
+    code = f"FOLDERS = {[str(start), str(real), str(repo.path)]!r}\n{code}"
+    result = act(Repository(start), code, "--sandbox", level, env=env, place=world.path)
     told = told_by(repo, result)
     assert changed_state(repo, before) == set()
     if level == "require":
@@ -1060,7 +1065,7 @@ def test_an_ordinary_user_has_the_same_guard(world: World, level: str) -> None:
     try:
         (place / "home").mkdir()
         shutil.copy(PROGRAM, place / "agent_runner.py")
-        (place / "agent.py").write_text(f"{PRELUDE}{ORDINARY}\ntell()\n")
+        (place / "agent.py").write_text(text_of(repo, ORDINARY))
         for path in (place, *place.rglob("*")):
             os.chown(path, 65534, 65534, follow_symlinks=False)
         words = ("issue-to-pr", "issue.md", "--gate", "true", "--no-baseline", "--no-switch", "--json")
@@ -1069,7 +1074,7 @@ def test_an_ordinary_user_has_the_same_guard(world: World, level: str) -> None:
         )
         argv = [sys.executable, "-c", become, python, str(place / "agent_runner.py"), *words, "--sandbox", level]
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(place / "home"), "LC_ALL": "C.UTF-8"}
-        env["AGENT_CMD"] = shlex.join([python, str(place / "agent.py"), str(repo.path)])
+        env["AGENT_CMD"] = shlex.join([python, str(place / "agent.py")])
         if not os.access(python, os.X_OK):
             pytest.skip("no Python that every user may run")
         done = subprocess.run(argv, cwd=repo.path, env=env, capture_output=True, text=True)
