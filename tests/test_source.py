@@ -12,7 +12,7 @@ import pytest
 from conftest import PROGRAM
 
 TREE = ast.parse(PROGRAM.read_text(encoding="utf-8"))
-FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 STARTS_PROCESS = {
     "subprocess": {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"},
     "os": {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile"},
@@ -92,12 +92,25 @@ def test_users_repository_is_written_where_a_reader_expects_it() -> None:
     reads |= {"diff-tree"}
     writes: dict[str, set[str]] = {}
     for f, node in git_calls("git"):
-        command, *rest = [arg.value if isinstance(arg, ast.Constant) else None for arg in node.args[1:]]
+        command, *rest = command_words(f, node)
         asks = command == "config" and str(rest[0]).startswith(("--get", "--list", "--type"))
         if command not in reads and not asks and (command, rest[:1]) != ("worktree", ["list"]):
             writes.setdefault(str(command), set()).add(f.name)
-    fetch = "None"  # its words stand in a tuple
-    assert writes == {fetch: {"bring_commit"}, "update-ref": {"ensure_branch", "prune"}, "switch": {"switch_to"}}
+    assert writes == {"fetch": {"bring_commit"}, "update-ref": {"ensure_branch", "prune"}, "switch": {"switch_to"}}
+
+
+def command_words(f: ast.FunctionDef, call: ast.Call) -> list[object]:
+    """The words of a Git command, those included that stand in a tuple of the same function."""
+    tuples = {
+        node.targets[0].id: node.value.elts
+        for node in ast.walk(f)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Tuple)
+    }
+    words: list[ast.expr] = []
+    for arg in call.args[1:]:
+        starred = arg.value.id if isinstance(arg, ast.Starred) and isinstance(arg.value, ast.Name) else None
+        words += tuples.get(starred, [arg]) if starred else [arg]
+    return [word.value if isinstance(word, ast.Constant) else None for word in words]
 
 
 def test_assert_only_narrows_types() -> None:
