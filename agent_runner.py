@@ -845,7 +845,7 @@ class PrivateGit:
                 with contextlib.suppress(FileNotFoundError):
                     copy.write_bytes((self.repo.common_dir / source).read_bytes())
         with open(info / "exclude", "ab") as excludes:
-            excludes.write(b"\n__pycache__/\n")  # whoever runs the tests leaves these, ignored or not
+            excludes.write(b"\n__pycache__/\n*.egg-info/\n")  # running or installing leaves these, ignored or not
 
     def __call__(
         self, *args: str, clone: Clone | None = None, stdin: bytes = b"", index: Path | None = None, check: bool = True
@@ -1321,6 +1321,7 @@ CONFIG_NAMES = """
 """.split()  # noqa: SIM905
 HOME_SETTINGS = """
     .gitconfig .config/git/config .config/git/ignore .mypy.ini .config/mypy/config .pylintrc .config/pylintrc .npmrc
+    .config/uv/uv.toml .config/pip/pip.conf .pip/pip.conf
 """.split()  # noqa: SIM905
 
 
@@ -1333,14 +1334,26 @@ def ground_state(run: Run) -> dict[str, str]:
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
     settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
     state = {str(path): told for path in settings if (told := file_state(path)) not in ("gone", "empty")}
-    for folder in run.ground.search if not run.bwrap else ():
+    for folder in {*run.ground.search, *gate_sites(run)}:
         with contextlib.suppress(OSError):
             for entry in os.scandir(folder):
                 if entry.name != "__pycache__":
                     state[entry.path] = "folder" if entry.is_dir() else file_state(Path(entry.path))
-                if entry.name.endswith(".dist-info") or entry.name in ("_pytest", "pytest"):
-                    state |= {f.path: file_state(Path(f.path)) for f in os.scandir(entry.path) if f.is_file()}
+                if entry.name.endswith(".dist-info"):
+                    plugins = Path(entry.path, "entry_points.txt")
+                    state[str(plugins)] = file_state(plugins)
+                elif entry.name in ("_pytest", "pytest", "pluggy", "iniconfig"):
+                    for place, folders, files in os.walk(entry.path):
+                        folders[:] = [name for name in folders if name != "__pycache__"]
+                        state |= {path: file_state(Path(path)) for path in (os.path.join(place, f) for f in files)}
     return state
+
+
+def gate_sites(run: Run) -> set[Path]:
+    """The folders of installed packages where the gate's programs come from."""
+    found = [path for words in run.gate if (path := find_program(words[0], run.start))]
+    homes = {p.parent.parent for path in (*found, Path(sys.executable)) for p in (path, Path(os.path.realpath(path)))}
+    return {site for home in homes for site in home.glob("lib/python*/site-packages")}
 
 
 def file_state(path: Path) -> str:
@@ -1348,7 +1361,9 @@ def file_state(path: Path) -> str:
         status = path.stat()
         if status.st_size == 0:  # as good as none: another run may hold the place for its time
             return "empty"
-        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        # a new link to the file changes its ctime, as installers that link out of a cache make
+        last = file_hash(path) if status.st_nlink > 1 and stat.S_ISREG(status.st_mode) else status.st_ctime_ns
+        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {last}"
     return "gone"
 
 
@@ -1894,6 +1909,9 @@ def unlock(top: Path, *, files: bool = False) -> None:
         for entry in entries:
             is_folder = entry.is_dir(follow_symlinks=False)
             folders += [entry.path] if is_folder else []
+            if entry.name.startswith(".git") and not (is_folder or entry.is_symlink() or entry.is_file()):
+                os.unlink(entry.path)  # a pipe: Git would wait for what it says
+                continue
             if not (is_folder or files) or entry.is_symlink():
                 continue
             wanted = stat.S_IRWXU if is_folder else stat.S_IRUSR
@@ -2286,6 +2304,9 @@ def read_report(path: Path, places: Sequence[Path]) -> dict[str, str] | None:
     from xml.etree import ElementTree
 
     try:
+        status = path.lstat()  # the judged code may have put anything in its place
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 10 * READ_LIMIT:
+            return None
         root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError):
         return None
@@ -2330,7 +2351,7 @@ def run_check(run: Run, clone: Clone, command: str, words: Sequence[str], role: 
     argv = list(words)
     if role == "gate" and pytest_word(words) is not None:
         tmp.mkdir(exist_ok=True)
-        report = tmp / f"report-{threading.get_ident()}.xml"
+        report = Path(tempfile.mkdtemp(dir=tmp)) / "report.xml"  # where nobody else can have put one
         argv = with_report(argv, str(report))
     with mount_points(run, clone, scripts_of(run, words)):
         job = guarded_job(run, clone, argv, role=role, limit=run.settings.gate_timeout)
@@ -2338,7 +2359,7 @@ def run_check(run: Run, clone: Clone, command: str, words: Sequence[str], role: 
     tests = None
     if report:
         tests = read_report(report, (clone.seen, tmp, run.folder))
-        report.unlink(missing_ok=True)
+        remove_folder(report.parent)
     reason = failure_of(ran, words, tests, wants_report=bool(report))
     return Check(name, command, not reason, reason or "passed", ran.seconds, ran.output, tests)
 
@@ -2367,7 +2388,7 @@ def failure_of(ran: Ran, words: Sequence[str], tests: dict[str, str] | None, *, 
         return f"exit status 0 although {bad} of {len(tests)} tests failed: the status was changed"
     if "passed" not in tests.values():
         return "no test passed" if tests else "no tests were collected"
-    if re.search(r"^!+ .*\bExit: .*!+$", plain(ran.output), re.MULTILINE):
+    if any(line[:1] == line[-1:] == "!" and "Exit: " in line for line in plain(ran.output).split("\n")):
         return "the test session was ended early by pytest.exit"
     return ""
 
@@ -2485,7 +2506,8 @@ JUDGE_PATH = re.compile(
     r"(^|/)(conftest\.py|\.?(pytest|tox)\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.pylintrc"
     r"|noxfile\.py|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
     r"|\.eslint(rc[^/]*|ignore)|eslint\.config\.[^/]*|biome\.jsonc?|\.rspec|phpunit\.xml[^/]*|\.golangci\.ya?ml"
-    r"|\.gitattributes|\.gitmodules|\.ignore|pyvenv\.cfg|pyrightconfig\.json|CODEOWNERS"
+    r"|\.gitattributes|\.gitmodules|\.ignore|pyvenv\.cfg|pyrightconfig\.json|CODEOWNERS|\.envrc"
+    r"|\.python-version|\.tool-versions|\.?mise\.toml"
     r"|[^/]*\.(pth|pyc|pyd|so)|__pycache__/.*|[^/]*\.(dist|egg)-info/.*"
     r"|(AGENTS|CLAUDE|GEMINI|copilot-instructions)(\.local)?\.md|\.(cursorrules|windsurfrules|mcp\.json))$"
     r"|^(\.github/(workflows|actions)|\.forgejo|\.gitea|\.circleci|\.woodpecker|\.buildkite|\.ci)/"
@@ -2505,31 +2527,34 @@ LOOSE = re.compile(  # lines that count wherever they stand
 MARKERS = re.compile(
     r"\b(mark\s*\.\s*(skip|xfail|usefixtures)|pytest\.(skip|xfail|importorskip|param\(.*marks)|unittest\.(skip|expected)"
     r"|SkipTest\b|expectedFailure\b|__test__\s*=|collect_ignore|(es|ts)lint-disable"
-    r"|(it|test|describe)\.(skip|todo|only)\(|[fx](it|describe)\(|t\.Skip\()|\.skipTest\(|doctest:\s*\+SKIP"
-    r"|#.*\bnoqa\b|#\s*(ruff\s*:|pragma:\s*no\s*cover|pylint:\s*disable|(mypy|pyright|ty|type)\s*:\s*ignore"
+    r"|(it|test|describe)\.(skip|todo|only)\(|[fx](it|describe)\(|t\.Skip\(|func TestMain\()"
+    r"|\.skipTest\(|doctest:\s*\+SKIP"
+    r"|\bnoqa\b|#\s*(ruff\s*:|pragma:\s*no\s*cover|pylint:\s*disable|(mypy|pyright|ty|type)\s*:\s*ignore"
     r"|mypy:|pyright:|fmt:\s*(off|skip)|nosec|pyre-)|@ts-(ignore|nocheck|expect-error)|#\[ignore|@(Ignore|Disabled)\b",
     re.IGNORECASE,
 )
 RUNNER = re.compile(
     r"(?i:_?pytest|\bunittest\b|\bjunit)|\b_exit\b|\batexit\b|\bos\.(abort|kill|killpg|exec[lv]\w*|posix_spawn)\b"
     r"|\bfrom\s+os\s+import\b.*\b(abort|kill|killpg|exec[lv]\w*)\b|\braise_signal\b|\bfaulthandler\b|/proc/self\b"
-    r"|_getframe|\bcurrentframe\b|\bget(outer|inner)frames\b|\b(extract|walk)_stack\b|\b_current_frames\b|\b[tgca][bira]_frame\b"
+    r"|_getframe|\bcurrentframe\b|\bget(outer|inner)frames\b|\b(extract|walk)_stack\b|\b_current_frames\b|\b(tb|gi|cr|ag)_frame\b"
     r"|\bf_(back|globals|locals|code|builtins)\b|\binspect\.(stack|trace)\b|\bfrom\s+inspect\s+import\b.*\b(stack|trace)\b"
     r"|\bsys\.([sg]et(trace|profile)|modules|meta_path|path_hooks|orig_argv|monitoring|addaudithook)\b"
     r"|\bfrom\s+sys\s+import\b.*\b(modules|meta_path|orig_argv|[sg]et(trace|profile))\b|\b(import|from)\s+__main__\b"
     r"|\bgc\.get_\w+|\bfrom\s+gc\b|\bbuiltins\b|\b__builtins__\b|\bpythonapi\b|AGENT_RUNNER|\bJEST_WORKER_ID\b|\bVITEST\b"
-    r"|(?<![\w.])(exec|eval|compile|__import__)\s*\(|\brunpy\b|\bspec_from_file_location\b|\bSourceFileLoader\b"
+    r"|(?<![\w.])(exec|eval|compile|__import__)\s*\(|\b(runpy|marshal|zipimport|posix)\b|\bspec_from_file_location\b"
+    r"|\bSourceFileLoader\b|\b(getattr|vars)\(\s*(os|sys|signal)\b|\b(os|sys)\.__dict__"
 )
 CODE = re.compile(r"\.(pyi?w?|[cm]?[jt]sx?)$")
 PROSE = re.compile(r"\.(md|rst|txt|adoc)$")
 UNREAD_BY_LINTER = re.compile(  # folders that ruff leaves out by default
-    r"(^|/)(\.\w[^/]*|_build|buck-out|build|dist|node_modules|site-packages|venv|__pypackages__)/.*\.pyi?$"
+    r"(^|/)(_build|buck-out|build|dist|node_modules|site-packages|venv|__pypackages__|\.(bzr|direnv|eggs|git-rewrite|hg"
+    r"|ipynb_checkpoints|mypy_cache|nox|pants\.d|pyenv|pytest_cache|pytype|ruff_cache|svn|tox|venv|vscode))/.*\.pyi?$"
 )
 SHADOWED = {*sys.stdlib_module_names, "pytest", "_pytest", "pluggy", "iniconfig", "ruff", "coverage", "packaging"}
 SHADOWED |= {"pygments", "tomli", "exceptiongroup", "sitecustomize", "usercustomize"}
 TOKENS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(A[KS]IA[0-9A-Z]{16}\b|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40}"
-    r"|gl(pat|rt|dt)-[\w-]{20}|x(ox[abposr]|app)-[\w-]{10}|sk-(?=[\w-]*\d)[\w-]{20}|[rs]k_live_\w{16}"
+    r"|gl(pat|rt|dt)-[\w-]{20}|x(ox[abposr]|app)-[\w-]{10}|sk-(?=[\w-]{0,40}\d)[\w-]{20}|[rs]k_live_\w{16}"
     r"|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{20}|hf_[A-Za-z0-9]{30}|dop_v1_\w{40}|SG\.[\w-]{20})"
 )
 
@@ -2571,6 +2596,7 @@ def inspect_change(run: Run, change: Change) -> tuple[Finding, ...]:
         *name_findings(run, change),
         *hiding_findings(run, hunks),
         *line_findings(run, change, hunks, tests),
+        *patch_findings(run, change, hunks, tests),
         *ground_findings(run),
         *change.unfit,
     ]
@@ -2624,6 +2650,8 @@ def path_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Findi
                 )
         if file.status in "ARC" and UNREAD_BY_LINTER.search(file.path):
             yield Finding("hidden-code", file.path, None, "first", "code in a folder that linters leave out")
+        if file.status == "R" and CODE.search(file.old_path) and not CODE.search(file.path):
+            yield Finding("hidden-code", file.path, None, "first", "code under a name that linters leave out")
         if file.mode == "120000":
             target = os.fsdecode(run.private.file(change.tree, file.path) or b"")
             if leaves_repository(file.path, target):
@@ -2681,10 +2709,7 @@ def shadow_reason(run: Run, change: Change, path: str, tests: KnownTests) -> str
 
 def installed_names(run: Run) -> set[str]:
     """Modules and packages that are installed where the gate's programs come from."""
-    found = [path for words in run.gate if (path := find_program(words[0], run.start))]
-    homes = {p.parent.parent for path in (*found, Path(sys.executable)) for p in (path, Path(os.path.realpath(path)))}
-    sites = [site for home in homes for site in home.glob("lib/python*/site-packages")]
-    return {re.split(r"[.-]", entry)[0] for site in sites for entry in os.listdir(site)}
+    return {re.split(r"[.-]", entry)[0] for site in gate_sites(run) for entry in os.listdir(site)}
 
 
 def base_modules(run: Run) -> set[str]:
@@ -2700,7 +2725,7 @@ def test_support(run: Run, change: Change, tests: KnownTests) -> set[str]:
     code = [f.old_path for f in old if CODE.search(f.old_path)]
     found: set[str] = set()
     if code:
-        imports = ("-E", "^[[:space:]]*(import|from)[[:space:]]+(pytest|unittest)")
+        imports = ("-E", "^[[:space:]]*((import|from)[[:space:]]+(pytest|unittest)|def pytest_)")
         found.update(files_with(run, change.base, imports, literal(code)))
     found |= {f.old_path for f in old if f.old_path in tests.doctests and lost_examples(run, f)}
     for path in (f.old_path for f in old if tests.files and not (CODE.search(f.old_path) or PROSE.search(f.old_path))):
@@ -2893,13 +2918,14 @@ def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests
         path, is_test = hunk.path, tests.hold(hunk.path)
         is_code = bool(CODE.search(path)) and not is_test and os.path.basename(path) != "setup.py"
         for number, line in enumerate(hunk.added, hunk.line):
-            if TOKENS.search(line) or any(secret in line for secret in secrets):
+            if search(TOKENS, line) or any(secret in line for secret in secrets):
                 yield Finding("secret", path, number, "rejects", "a token, key or withheld value in an added line")
             if line.strip() in moved:
                 continue
-            match = MARKERS.search(line) if is_test or not PROSE.search(path) else None
-            if match and not any(old.rstrip().endswith(line[match.start() :].rstrip()) for old in hunk.removed):
-                what = one_line(match[0], 40)
+            word = search(MARKERS, line) if is_test or not PROSE.search(path) else ""
+            tail = line[line.find(word) :].rstrip()
+            if word and not any(old.rstrip().endswith(tail) for old in hunk.removed):
+                what = one_line(word, 40)
                 yield Finding("marker", path, number, "first", f"a skip or suppression was added: {what}")
             if is_code and (word := runner_word(line, tests)) and not any(word in old for old in hunk.removed):
                 what = one_line(word, 40)
@@ -2909,12 +2935,60 @@ def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests
             yield Finding("secret", file.path, None, "rejects", "a token, key or withheld value in a file's name")
 
 
+def patch_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests) -> Iterator[Finding]:
+    """Code that reaches into what others import, and changes it for the test runner as well."""
+    for path in dict.fromkeys(h.path for h in hunks if CODE.search(h.path) and not tests.hold(h.path)):
+        lines = {h.line + n: line for h in hunks if h.path == path for n, line in enumerate(h.added)}
+        if not any(search(ASSIGNS, line) for line in lines.values()):
+            continue
+        reached = patched_names(os.fsdecode(run.private.file(change.tree, path) or b""))
+        for number, name in sorted(reached.items()):
+            if number in lines and name.split(".")[0] not in base_modules(run):
+                yield Finding("runner-aware", path, number, "first", f"code that changes what others import: {name}")
+
+
+ASSIGNS = re.compile(r"^\s*(?!self\.|cls\.)[A-Za-z_]\w*\.[^\n=()]{1,200}=[^=]|\b(setattr|delattr)\s*\(|^\s*del\s")
+
+
+def patched_names(text: str) -> dict[int, str]:
+    """Where Python code sets or deletes an attribute of an imported module or class, and of which."""
+    import ast
+
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    modules: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            modules |= {a.asname or a.name.split(".")[0]: a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names if a.name[:1].isupper()}
+    reached: dict[int, Any] = {}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            reached[node.lineno] = node
+        elif isinstance(node, ast.Call) and root_name(node.func) in ("setattr", "delattr") and node.args:
+            reached[node.lineno] = node.args[0]
+    return {line: modules[root_name(node)] for line, node in reached.items() if root_name(node) in modules}
+
+
+def root_name(node: Any) -> str:
+    while hasattr(node, "value") and not hasattr(node, "id"):
+        node = node.value
+    return getattr(node, "id", "")
+
+
+def search(pattern: re.Pattern[str], line: str) -> str:
+    """What the pattern finds in a line; a long one is searched piece by piece, so that none takes forever."""
+    pieces = (line[start : start + 1000] for start in range(0, len(line) or 1, 800))
+    return next((match[0] for piece in pieces if (match := pattern.search(piece))), "")
+
+
 def runner_word(line: str, tests: KnownTests) -> str:
     """What in a line of code speaks of the test runner, the call stack, the process's end, or a test by name."""
-    if line.lstrip().startswith("#"):
-        return ""
-    match = RUNNER.search(line)
-    return match[0] if match else next(iter(sorted(tests.names.intersection(re.findall(r"\w+", line)))), "")
+    line = re.sub(r"(^|\s)#[^'\"]*$", "", line)  # a comment does nothing
+    return search(RUNNER, line) or min(tests.names.intersection(re.findall(r"\w+", line)), default="")
 
 
 # --------------------------------------------------------------------------------------- gate: proof
@@ -2955,7 +3029,7 @@ def only_beside_new_tests(run: Run, change: Change, verdict: Verdict, *, repair:
     new = [f for f in change.files if f.status in "ARC" and f.path.endswith(".py") and f.mode != "120000"]
     new = [f for f in new if f.path in now or (TEST_PATH.search(f.path) and "__init__" in f.path)]
     texts = {f.path: os.fsdecode(run.private.file(change.tree, f.path) or b"") for f in new}
-    new = [f for f in new if (texts[f.path].strip() if repair else REACHES.search(texts[f.path]))]
+    new = [f for f in new if (does_something(texts[f.path]) if repair else REACHES.search(texts[f.path]))]
     if number is None or not new or not run.baseline:
         return ""
     wanted = ("failed", "error") if repair else ("passed",)
@@ -2969,8 +3043,19 @@ def only_beside_new_tests(run: Run, change: Change, verdict: Verdict, *, repair:
     return f"only beside the new test files do these pass: {'; '.join(bad[:20])}" if bad else ""
 
 
+def does_something(text: str) -> bool:
+    """Is there more in a module than comments and a docstring?"""
+    import ast
+
+    try:
+        parts = [part.value if isinstance(part, ast.Expr) else None for part in ast.parse(text).body]
+        return not all(isinstance(part, ast.Constant) for part in parts)
+    except (ValueError, SyntaxError):
+        return True
+
+
 REACHES = re.compile(  # what a test module could do to others
-    r"^\s*(?!self\.|cls\.)[A-Za-z_][\w.]*\.\w+(\[.*\])?\s*[-+*/|&]?=[^=]|\b(setattr|delattr|globals|reload|exec|eval)\b"
+    r"^[ \t]*(?!self\.|cls\.)[A-Za-z_]\w*\.[^\n=()]{1,200}=[^=]|\b(setattr|delattr|globals|reload|exec|eval)\b"
     r"|__dict__|\bsys\.(modules|path|meta_path)|\bpytest_\w+|_pytest|pluginmanager|\bpatch\b|\bscope\b|autouse",
     re.MULTILINE,
 )

@@ -431,7 +431,7 @@ DIFF = {
     "extension_module": ("put('calc.so', 'x')", "calc.so:1: decides"),
     "virtual_environment_marker": ("put('tests/pyvenv.cfg', '')", "tests/pyvenv.cfg: decides"),
     # the linter
-    "noqa": ("add('calc.py', 'import os  # noqa\\n')", "calc.py:3: a skip or suppression was added: # noqa"),
+    "noqa": ("add('calc.py', 'import os  # noqa\\n')", "calc.py:3: a skip or suppression was added: noqa"),
     "noqa_without_spaces": ("add('calc.py', 'import os #NOQA:F401\\n')", "calc.py:3: a skip or suppression"),
     "noqa_after_words": ("add('calc.py', 'import os  # needed, noqa: F401\\n')", "calc.py:3: a skip or suppression"),
     "noqa_for_a_file": ("put('calc.py', '# ruff: noqa\\n' + P('calc.py').read_text())", "calc.py:1: a skip or suppr"),
