@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import py_compile
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "agent_runner.py"
+# Compiled once for all the runs; as a script it would be compiled anew in each.
+py_compile.compile(str(PROGRAM), doraise=True)
+STARTER = f"""
+import sys
+sys.path[0], sys.argv[0] = {str(ROOT)!r}, {str(PROGRAM)!r}
+import agent_runner
+del sys.path[0]
+sys.exit(agent_runner.cli())
+"""
 sys.path.insert(0, str(ROOT))  # for the tests that call the program's functions
 # A gate that costs a few milliseconds, for tests whose subject is not the gate.
 CHEAP_GATE = f"{shlex.quote(sys.executable)} -S -c pass"
@@ -98,7 +108,8 @@ class Repository:
         """Run the program as its users do: as a child process, in the repository, `under` another if one is given."""
         changes = {"AGENT_CMD": agent} | dict(env or {}) if agent is not None else dict(env or {})
         environ = {name: value for name, value in (dict(os.environ) | changes).items() if value is not None}
-        argv = [*under, sys.executable, str(program), *words]
+        start = ["-c", STARTER] if program == PROGRAM else [str(program)]
+        argv = [*under, sys.executable, *start, *words]
         done = subprocess.run(
             argv, cwd=self.path / cwd, env=environ, capture_output=True, input=stdin.encode(), timeout=120
         )
