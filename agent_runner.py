@@ -1421,13 +1421,12 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     runner = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # files of orders to it
     orders = [value for key, value in os.environ.items() if runner.match(key)]
     stores = [*(home / name for name in STORES), *map(in_home, STORES), *(Path(p) for p in (*sockets, *orders) if p)]
-    run.stubs += hold_settings()  # again, should another run have taken its own away
     args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
 
     def mount(how: str, paths: Iterable[Path]) -> None:
         for path in (p.resolve() for p in paths if p.exists()):
             if path != Path("/"):
-                args.extend((f"{how}-try", path, path))  # another run may take away what it held in HOME
+                args.extend((f"{how}-try", path, path))  # what is the user's may go at any time
 
     mount("--bind", free)
     mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
@@ -1512,13 +1511,28 @@ def mount_points(run: Run, clone: Clone, sources: Iterable[Path]) -> Iterator[No
         remove_points(made)
 
 
-def hold_settings() -> list[Path]:
+def hold_settings(root: Path) -> None:
     """Make what there is not yet of the user's Git configuration, so that it is mounted read-only like the rest."""
     if not home_folder().is_dir():
-        return []
+        return
     file, folder = (home_folder() / ".gitconfig").resolve(), in_home(".config/git").resolve()
-    root = Path(file.anchor)
-    return [*make_point(file, root, folder=False), *make_point(folder, root, folder=True)]
+    with lock_folder(root, wait=True), open(root / "held", "a", encoding="utf-8", errors="surrogateescape") as held:
+        inside = Path(file.anchor)
+        made = [*make_point(file, inside, folder=False), *make_point(folder, inside, folder=True)]
+        held.writelines(f"{path}\n" for path in made)
+
+
+def release_settings(root: Path, own: Path) -> None:
+    """Take away what was made for the kernel level in HOME, unless another run that is alive relies on it."""
+    with lock_folder(root, wait=True):
+        for folder in (path for path in root.iterdir() if path.is_dir() and path not in (own, root / "records")):
+            lock = lock_folder(folder)
+            if lock is None:
+                return
+            lock.close()
+        with contextlib.suppress(FileNotFoundError):
+            remove_points([Path(line) for line in (root / "held").read_text("utf-8", "surrogateescape").splitlines()])
+            (root / "held").unlink()
 
 
 def make_point(target: Path, inside: Path, *, folder: bool) -> list[Path]:
@@ -1712,7 +1726,6 @@ class Run:
         self.saved_files: dict[str, Path] = {}
         self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]  # none that an agent makes
         self.has_user_site = (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir()
-        self.stubs: list[Path] = []
         self.remotes: list[Path] = []
         self.work_trees: dict[Path, str] = {}
         self.mentions: list[str] = []
@@ -1832,7 +1845,8 @@ class Run:
         """End what a signal may have left running, and remove the run's folder."""
         if self.lock:
             end_strays()
-            remove_points(self.stubs)
+            with contextlib.suppress(OSError):
+                release_settings(self.folder.parent, self.folder)
             for thread in self.removing:
                 thread.join()
             if not self.keep_folder:
@@ -3878,7 +3892,8 @@ def self_heal(run: Run) -> Ending:
 
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
-    run.stubs = hold_settings() if run.bwrap else []
+    if run.bwrap:
+        hold_settings(run.folder.parent)
     run.known, run.before = known_commits(run), take_snapshot(run)
     save_files(run, run.before)
     if run.repo.common_dir:
@@ -4151,7 +4166,7 @@ def note_for_recovery(run: Run) -> None:
     if not run.repo.common_dir or clone is None or not isinstance(run.t0, Start):
         return
     units = (*run.ground.borrowed, *scripts_of(run, run.agent))
-    points = [*run.stubs, *(clone.path / p.relative_to(run.repo.top) for p in units if run.bwrap)]
+    points = [clone.path / p.relative_to(run.repo.top) for p in units if run.bwrap]
     told = {
         "repo": run.repo._asdict(),
         "workspace": clone.path,
