@@ -1630,7 +1630,7 @@ class Moved(NamedTuple):
 def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved]:
     """What moved in the user's repository, each with the command that puts it back, in the order to use them."""
     moved: list[tuple[int, Moved]] = []
-    known, elsewhere = run.known | known_commits(run), set(run.work_trees.values())
+    known, elsewhere = run.known | known_commits(run).keys(), set(run.work_trees.values())
     for path in sorted(before.files.keys() | after.files.keys()):
         old = before.files.get(path, "")
         if old != after.files.get(path, ""):
@@ -1694,12 +1694,14 @@ def is_fetched_tag(run: Run, ref: str, after: Snapshot) -> bool:
     return bool(holders.strip())
 
 
-def known_commits(run: Run) -> set[str]:
-    """Commits that runs of this program in this repository have written down before making a ref."""
-    found = set()
+def known_commits(run: Run) -> dict[str, str]:
+    """Commits that runs here have written down before making a ref; with each proposal, where its user stood."""
+    found = {}
     for note in run.records.glob("*/commits") if run.records.is_dir() else ():
         with contextlib.suppress(OSError):
-            found.update(note.read_text().split())
+            for line in note.read_text("utf-8").splitlines():
+                commit, _, start = line.partition(" ")
+                found[commit] = start
     return found
 
 
@@ -3228,7 +3230,7 @@ def ensure_branch(repo: Repo, name: str, commit: str) -> str:
 
 def propose_pr(run: Run, change: Change) -> tuple[str, bool]:
     """Make the proposal: the judged commit as a branch `agent/…`, and switch to it where that is safe."""
-    note_commit(run.records / record_name(run), change.commit)
+    note_commit(run.records / record_name(run), change.commit, run.repo.head)
     bring_commit(run.repo, run.private, change.commit)
     name = f"agent/{run.slug}" if run.issue else "agent/self-heal"
     branch = ensure_branch(run.repo, name, change.commit)
@@ -3268,11 +3270,11 @@ def is_in_way(top: Path, path: str) -> bool:
     return any((top / p).is_symlink() or (top / p).is_file() for p in parents)
 
 
-def note_commit(record: Path, commit: str) -> None:
-    """Write down a commit before making a ref for it, so that other runs know it is ours."""
+def note_commit(record: Path, commit: str, start: str = "") -> None:
+    """Write down a commit before making a ref for it, so that other runs know it is ours, whatever becomes of us."""
     record.mkdir(parents=True, exist_ok=True)
-    with open(record / "commits", "a") as handle:
-        handle.write(f"{commit}\n")
+    with open(record / "commits", "a", encoding="utf-8") as handle:
+        handle.write(f"{commit} {start}".rstrip() + "\n")
 
 
 def record_name(run: Run) -> str:
@@ -3894,7 +3896,7 @@ def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
     if run.bwrap:
         hold_settings(run.folder.parent)
-    run.known, run.before = known_commits(run), take_snapshot(run)
+    run.known, run.before = set(known_commits(run)), take_snapshot(run)
     save_files(run, run.before)
     if run.repo.common_dir:
         with run.console.step("the workspace is made: a disposable clone of the base"):
@@ -4391,12 +4393,7 @@ def check_repository(run: Run) -> None:
 
 def before_proposal(run: Run, head: str) -> str:
     """Where an unmerged proposal that HEAD stands on started; HEAD itself where it stands on none."""
-    starts = {}
-    for report in run.records.glob("*/report.json") if run.records.is_dir() else ():
-        with contextlib.suppress(OSError, ValueError):
-            told = json.loads(report.read_text("utf-8"))
-            if told.get("branch") and told.get("commit"):
-                starts[told["commit"]] = told.get("start") or told.get("base")
+    starts = {commit: start for commit, start in known_commits(run).items() if start}
     if not (run.repo.head_ref or "").startswith("refs/heads/agent/"):
         return head
     while head in starts and starts[head] != head and not is_merged(run.repo, head):
