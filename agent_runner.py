@@ -433,6 +433,8 @@ class Kept:
 # Two doors: `call` for our own short commands, `run_guarded` for what we do not trust.
 
 Result = TypeVar("Result")
+Show = Callable[[str], None]
+Tick = Callable[[], None]
 _spawning = threading.Lock()
 _ours: set[int] = set()  # processes that somebody here waits for
 _jobs: dict[int, str] = {}  # those of them that we do not trust, each with a mark that its environment hands down
@@ -585,7 +587,7 @@ def end_strays(of: int = 0) -> None:
                     os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             return
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 class Job(NamedTuple):
@@ -599,7 +601,7 @@ class Job(NamedTuple):
     in_namespace: bool = False  # its first process is the kernel sandbox's own
 
 
-def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> None:
+def drain(stream: Any, kept: Kept, on_line: Show | None) -> None:
     """Read a pipe to its end, whatever comes; hand complete lines on, megabyte-long ones cut."""
     pending = b""
     while chunk := os.read(stream.fileno(), 1 << 16):
@@ -615,13 +617,27 @@ def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> Non
         on_line(pending.decode("utf-8", "replace"))
 
 
-def run_guarded(
-    job: Job,
-    *,
-    stop: threading.Event | None = None,
-    on_line: Callable[[str], None] | None = None,
-    on_tick: Callable[[], None] = lambda: None,
-) -> Ran:
+def wait_for_end(
+    process: subprocess.Popen[bytes], reader: threading.Thread, job: Job, *, stop: threading.Event, on_tick: Tick
+) -> bool:
+    """Wait until a job ends by itself, is asked to stop, or reaches its limit: was it the limit?"""
+    deadline = time.monotonic() + job.limit
+    while process.poll() is None:  # whoever still holds the pipe after that does not hold us
+        on_tick()
+        reader.join(0.05)
+        if not reader.is_alive():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        if stop.is_set() or time.monotonic() > deadline:
+            asked = stop.is_set()
+            signal_tree(process, signal.SIGTERM, spare_root=job.in_namespace)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            return not asked
+    return False
+
+
+def run_guarded(job: Job, *, stop: threading.Event, on_line: Show | None = None, on_tick: Tick) -> Ran:
     """Run a command that we do not trust, to its end or its limit, and end all that it started."""
     started = time.monotonic()
     try:
@@ -634,20 +650,8 @@ def run_guarded(
     kept = Kept()
     reader = threading.Thread(target=drain, args=(process.stdout, kept, on_line), daemon=True)
     reader.start()
-    timed_out = False
     try:
-        while process.poll() is None:  # whoever still holds the pipe after that does not hold us
-            on_tick()
-            reader.join(0.05)
-            if not reader.is_alive():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-            if (stop and stop.is_set()) or time.monotonic() - started > job.limit:
-                timed_out = not (stop and stop.is_set())
-                signal_tree(process, signal.SIGTERM, spare_root=job.in_namespace)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
-                break
+        timed_out = wait_for_end(process, reader, job, stop=stop, on_tick=on_tick)
     finally:
         end_tree(process)
         reader.join(GRACE)
@@ -1017,6 +1021,7 @@ WITHHELD = re.compile(
     r"|GH_CONFIG_DIR$|GLAB_CONFIG_DIR$"
     r"|(CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT)|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE)$"
 )
+RUNNER_FILES = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|_PAT$")
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
 STORES = """
@@ -1410,49 +1415,66 @@ def other_checkouts(run: Run) -> list[Path]:
     return sorted(p for p in found if not p.is_relative_to(run.repo.top) and p.is_dir())
 
 
+def mounts(how: str, paths: Iterable[Path]) -> list[str]:
+    """bubblewrap's arguments that show paths where they are. What is the user's may go at any time."""
+    places = (str(path.resolve()) for path in paths if path.exists())
+    return [word for place in places if place != "/" for word in (f"--{how}-try", place, place)]
+
+
+def free_folders() -> list[Path]:
+    """Where agents and tools keep their state: HOME, the XDG folders, the temporary ones."""
+    moved = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
+    places = [home_folder(), *moved, tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+    return [Path(place).resolve() for place in places if place]
+
+
+def cover_stores(run: Run) -> list[str]:
+    """Arguments that hide credential stores, login sockets, and the files that a forge's runner takes orders from."""
+    agent, runtime = os.environ.get("SSH_AUTH_SOCK"), os.environ.get("XDG_RUNTIME_DIR")
+    orders = [value for key, value in os.environ.items() if RUNNER_FILES.match(key)]
+    named = (Path(place) for place in (agent, runtime, f"/run/user/{os.getuid()}", *orders) if place)
+    args: list[str] = []
+    for path in (*(home_folder() / name for name in STORES), *map(in_home, STORES), *named):
+        if path.exists():
+            place, nothing = str(path.resolve()), str(run.folder / "guard" / "nothing")
+            args += ["--tmpfs", place] if path.is_dir() else ["--ro-bind", nothing, place]
+    return args + (["--bind", agent, agent] if agent and "SSH_AUTH_SOCK" in run.settings.keep_env else [])
+
+
+def lend_objects(run: Run) -> list[str]:
+    """Arguments that show the object folders a clone borrows from, read-only.
+
+    The clone names them all: lists of their own would lead back to it, in a circle.
+    """
+    seen, args = run.borrowed_objects(), []
+    for place, folder in zip(seen, (seen[0], *object_folders(run.repo)), strict=False):
+        args += ["--ro-bind", str(folder), str(place)]
+        if (folder / "info" / "alternates").exists():
+            args += ["--ro-bind", str(run.folder / "guard" / "nothing"), str(place / "info" / "alternates")]
+    return args
+
+
 def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
     """bubblewrap's arguments: the machine read-only, the clone at the repository's path. Later ones win."""
-    home, top = home_folder().resolve(), run.repo.top
-    xdg = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
-    xdg += [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
-    free = [home, *(Path(p).resolve() for p in xdg if p)]
-    agent = os.environ.get("SSH_AUTH_SOCK")
-    sockets = (agent, os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}")
-    runner = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # files of orders to it
-    orders = [value for key, value in os.environ.items() if runner.match(key)]
-    stores = [*(home / name for name in STORES), *map(in_home, STORES), *(Path(p) for p in (*sockets, *orders) if p)]
-    args: list[str | Path] = [*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-
-    def mount(how: str, paths: Iterable[Path]) -> None:
-        for path in (p.resolve() for p in paths if p.exists()):
-            if path != Path("/"):
-                args.extend((f"{how}-try", path, path))  # what is the user's may go at any time
-
-    mount("--bind", free)
-    mount("--ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents) and f not in free))
+    home, free, others = home_folder().resolve(), free_folders(), other_checkouts(run)
     settings = (home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff"), *run.private.users_files)
-    mount("--ro-bind", (*settings, *run.remotes))
-    for path in (p.resolve() for p in stores if p.exists()):
-        args.extend(("--tmpfs", path) if path.is_dir() else ("--ro-bind", run.folder / "guard" / "nothing", path))
-    if agent and "SSH_AUTH_SOCK" in run.settings.keep_env:
-        args.extend(("--bind", agent, agent))
-    if not gate:
-        mount("--bind", (Path(os.path.abspath(os.path.expanduser(p))) for p in run.settings.writable))
-    others = other_checkouts(run)
-    for path in others:
-        args.extend(("--tmpfs", path))
-    mount("--ro-bind", (f for f in run.ground.folders if any(path in f.parents for path in others)))
-    args.extend(("--tmpfs", run.folder.parent))
-    mount("--ro-bind", (run.folder / "guard", run.record_brief))
-    mount("--bind", [tmp])
-    seen = run.borrowed_objects()  # the clone names them all; lists of their own would lead back to it, in a circle
-    for place, folder in zip(seen, (seen[0], *object_folders(run.repo)), strict=False):
-        args.extend(("--ro-bind", folder, place))
-        if (folder / "info" / "alternates").exists():
-            args.extend(("--ro-bind", run.folder / "guard" / "nothing", place / "info" / "alternates"))
-    args.extend(("--bind", clone.path, top))
-    mount("--ro-bind", run.ground.borrowed)
-    return [os.fspath(arg) for arg in args]
+    given = () if gate else (Path(os.path.abspath(os.path.expanduser(path))) for path in run.settings.writable)
+    return [
+        *(*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
+        *mounts("bind", free),
+        *mounts("ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents, *free))),
+        *mounts("ro-bind", (*settings, *run.remotes)),
+        *cover_stores(run),
+        *mounts("bind", given),
+        *(word for path in others for word in ("--tmpfs", str(path))),
+        *mounts("ro-bind", (f for f in run.ground.folders if any(path in f.parents for path in others))),
+        *("--tmpfs", str(run.folder.parent)),
+        *mounts("ro-bind", (run.folder / "guard", run.record_brief)),
+        *mounts("bind", [tmp]),
+        *lend_objects(run),
+        *("--bind", str(clone.path), str(run.repo.top)),
+        *mounts("ro-bind", run.ground.borrowed),
+    ]
 
 
 def guarded_job(
@@ -3427,49 +3449,62 @@ def duration_text(seconds: float) -> str:
 
 def pr_text(run: Run, ending: Ending) -> str:
     """The pull request's text: what was asked, what to look at first, the evidence, the files."""
-    change, verdict = ending.change, ending.verdict
-    ended = f"**No proposal:** {ending.outcome} (exit {ending.status}). {code(ending.message)}"
+    ended = f"**No proposal:** {ending.outcome} (exit {ending.status}). {code(ending.message)}\n"
+    asked = code(run.issue.title if run.issue else "the gate was red at the base")
+    refers = ["", f"Refers to {run.issue.reference}"] if run.issue and run.issue.reference else []
     lines = [] if ending.branch else [ended]
-    lines += ["", "## What was asked", "", code(run.issue.title if run.issue else "the gate was red at the base")]
-    if run.issue and run.issue.reference:
-        lines += ["", f"Refers to {run.issue.reference}"]
-    lines += ["", "## Look at this first", ""]
-    findings = verdict.findings if verdict else ()
-    listed = [f for f in findings if f.severity != "shown"] + [f for f in findings if f.severity == "shown"]
-    lines += [f"- {code(f.path + (f':{f.line}' if f.line else ''))} {code(f.detail)}" for f in listed[:50]]
-    lines += [f"- and {len(listed) - 50} more findings"] if len(listed) > 50 else []
-    proof = proof_rows(ending.proof)
-    lines += [f"- {code(name)} {text}" for first, name, text in proof if first]
-    if change and change.ignored:
-        lines.append(
-            f"- New files that ignore rules hide are not part of this: {', '.join(map(code, change.ignored[:10]))}"
-        )
-    lines += [f"- {code(mention)}" for mention in run.mentions]
-    if lines[-1] == "":
-        lines.append("Nothing stood out.")
-    lines += ["", "## Evidence", ""]
-    lines += ["| check | result | time | command |", "| --- | --- | --- | --- |"] if verdict else []
+    lines += ["## What was asked", "", asked, *refers, ""]
+    lines += ["## Look at this first", "", *(first_lines(run, ending) or ["Nothing stood out."]), ""]
+    lines += ["## Evidence", "", *evidence_lines(run, ending)]
+    if ending.change and ending.change.files:
+        lines += ["", "## Files", "", *file_rows(ending.change)]
+    if ending.change and ending.branch:
+        lines += ["", "## Check it yourself", "", "The third command prints the tree that was judged.", ""]
+        lines.append(code_block(checking_commands(run, ending.change)))
+    return "\n".join(lines) + "\n"
+
+
+def first_lines(run: Run, ending: Ending) -> list[str]:
+    """What the reviewer should see before all else: findings, a proof that failed, what the run has to mention."""
+    findings = sorted(ending.verdict.findings if ending.verdict else (), key=lambda f: f.severity == "shown")
+    lines = [f"- {code(f.path + (f':{f.line}' if f.line else ''))} {code(f.detail)}" for f in findings[:50]]
+    lines += [f"- and {len(findings) - 50} more findings"] if len(findings) > 50 else []
+    lines += [f"- {code(name)} {text}" for first, name, text in proof_rows(ending.proof) if first]
+    if ending.change and ending.change.ignored:
+        names = ", ".join(map(code, ending.change.ignored[:10]))
+        lines.append(f"- New files that ignore rules hide are not part of this: {names}")
+    return [*lines, *(f"- {code(mention)}" for mention in run.mentions)]
+
+
+def evidence_lines(run: Run, ending: Ending) -> list[str]:
+    """The gate's results as a table, then the proof, the attempts, the guard and the commit."""
+    verdict, change = ending.verdict, ending.change
+    lines = ["| check | result | time | command |", "| --- | --- | --- | --- |"] if verdict else []
     for check in verdict.checks if verdict else ():
         counts = count_tests(check.tests)
         result = code(check.reason) + (f" ({counts})" if counts else "")
         lines.append(table_row(code(check.name), result, duration_text(check.seconds), code(check.command)))
-    lines += ["", *(f"- {code(name)} {text}" for first, name, text in proof if not first)]
+    lines += ["", *(f"- {code(name)} {text}" for first, name, text in proof_rows(ending.proof) if not first)]
     lines += [f"- Attempts: {len(run.attempts)}", f"- Guard: {', '.join(guard_levels(run))}"]
     if change:
         lines.append(f"- Judged: tree `{change.tree}` as commit `{change.commit}`, on `{change.base}`")
-    if change and change.files:
-        lines += ["", "## Files", "", "| file | change | lines |", "| --- | --- | --- |"]
-        for f in change.files[:100]:
-            path = f.path if f.path == f.old_path else f"{f.old_path} → {f.path}"
-            lines.append(table_row(code(path), FILE_WORDS[f.status], f"+{f.added} −{f.deleted}"))
-        if len(change.files) > 100:
-            lines.append(table_row(f"and {len(change.files) - 100} more", "", ""))
-    if change and ending.branch:
-        place = [f"cd {shlex.quote(run.repo.prefix)}"] if run.repo.prefix else []
-        look = ["git fetch --all", f"git switch --detach {change.commit}", "git rev-parse 'HEAD^{tree}'", "git show"]
-        lines += ["", "## Check it yourself", "", "The third command prints the tree that was judged.", ""]
-        lines.append(code_block("\n".join([*look, *place, *run.settings.setup, *run.settings.gate])))
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return lines
+
+
+def file_rows(change: Change) -> list[str]:
+    """The changed files as a table, with their line counts."""
+    rows = ["| file | change | lines |", "| --- | --- | --- |"]
+    for f in change.files[:100]:
+        path = f.path if f.path == f.old_path else f"{f.old_path} → {f.path}"
+        rows.append(table_row(code(path), FILE_WORDS[f.status], f"+{f.added} −{f.deleted}"))
+    return rows + ([table_row(f"and {len(change.files) - 100} more", "", "")] if len(change.files) > 100 else [])
+
+
+def checking_commands(run: Run, change: Change) -> str:
+    """How a reviewer who has fetched the branch checks it: the tree, the diff, the gate."""
+    place = [f"cd {shlex.quote(run.repo.prefix)}"] if run.repo.prefix else []
+    look = ["git fetch --all", f"git switch --detach {change.commit}", "git rev-parse 'HEAD^{tree}'", "git show"]
+    return "\n".join([*look, *place, *run.settings.setup, *run.settings.gate])
 
 
 FILE_WORDS = {"A": "added", "C": "copied", "D": "deleted", "M": "changed", "R": "renamed", "T": "changed in kind"}
@@ -3503,65 +3538,70 @@ def well_formed(value: Any, mask: Callable[[str], str]) -> Any:
     return [well_formed(item, mask) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def report_checks(verdict: Verdict | None) -> list[dict[str, Any]] | None:
+    return None if verdict is None else [report_check(check) for check in verdict.checks]
+
+
+def report_check(check: Check) -> dict[str, Any]:
+    """One command of the gate; the numbers of tests are null where it left no report of them."""
+
+    def count(*outcomes: str) -> int | None:
+        return None if check.tests is None else sum(outcome in outcomes for outcome in check.tests.values())
+
+    return {
+        "name": check.name,
+        "command": check.command,
+        "passed": check.passed,
+        "reason": check.reason,
+        "seconds": round(check.seconds, 3),
+        "tests_passed": count("passed"),
+        "tests_failed": count("failed", "error"),
+        "tests_skipped": count("skipped", "xfailed"),
+    }
+
+
+def report_attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "number": attempt.number,
+        "agent_status": attempt.ran.status,
+        "timed_out": attempt.ran.timed_out,
+        "seconds": round(attempt.ran.seconds, 3),
+        "gate": report_checks(attempt.verdict),
+    }
+
+
+def report_proposal(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict[str, Any] | None:
+    if ending.branch is None or ending.change is None:
+        return None
+    return {
+        "title": commit_message(run).split("\n")[0],
+        "body_file": str(run.record / "pr.md") if run.record else None,
+        "commands": [command for _, command in steps],
+    }
+
+
 def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict[str, Any]:
     """report.json: what the run did, as data. Keys never disappear; what does not apply is null."""
-    change, verdict, settings = ending.change, ending.verdict, run.settings
-
-    def checks(verdict: Verdict | None) -> list[dict[str, Any]] | None:
-        if verdict is None:
-            return None
-        rows = []
-        for check in verdict.checks:
-            tests = list(check.tests.values()) if check.tests is not None else None
-            rows.append(
-                {
-                    "name": check.name,
-                    "command": check.command,
-                    "passed": check.passed,
-                    "reason": check.reason,
-                    "seconds": round(check.seconds, 3),
-                    "tests_passed": tests.count("passed") if tests is not None else None,
-                    "tests_failed": tests.count("failed") + tests.count("error") if tests is not None else None,
-                    "tests_skipped": tests.count("skipped") + tests.count("xfailed") if tests is not None else None,
-                }
-            )
-        return rows
-
-    proposed = ending.branch is not None and change is not None
+    change, verdict = ending.change, ending.verdict
     return {
         "outcome": ending.outcome or None,
         "exit_code": ending.status,
-        "command": settings.command or None,
+        "command": run.settings.command or None,
         "branch": ending.branch,
         "base": run.base or None,
         "commit": change.commit if change else None,
         "tree": change.tree if change else None,
-        "attempts": [
-            {
-                "number": a.number,
-                "agent_status": a.ran.status,
-                "timed_out": a.ran.timed_out,
-                "seconds": round(a.ran.seconds, 3),
-                "gate": checks(a.verdict),
-            }
-            for a in run.attempts
-        ],
-        "gate": checks(verdict),
-        "findings": [f._asdict() for f in verdict.findings] if verdict else [],
+        "attempts": [report_attempt(attempt) for attempt in run.attempts],
+        "gate": report_checks(verdict),
+        "findings": [finding._asdict() for finding in verdict.findings] if verdict else [],
         "proof": ending.proof._asdict() if ending.proof else None,
         "guard": guard_levels(run) if run.lock else None,
-        "proposal": {
-            "title": commit_message(run).split("\n")[0],
-            "body_file": str(run.record / "pr.md") if run.record else None,
-            "commands": [command for _, command in steps],
-        }
-        if proposed
-        else None,
+        "proposal": report_proposal(run, ending, steps),
         "kept": run.kept,
         "record": str(run.record) if run.record else None,
         "message": ending.message,
         "mentions": list(run.mentions),
-        "moved": [m._asdict() for m in run.moved],
+        "moved": [moved._asdict() for moved in run.moved],
         "start": run.repo.head or None,
     }
 
@@ -3692,94 +3732,104 @@ VARIANTS = {
 }
 
 
-def play(
-    variant: str, command: str, src: str, test: str, right: str, flat: str, real: str, addresses: list[str]
-) -> None:
-    """A simulated agent. Runs in a process of its own, from its source text: it may use nothing outside."""
-    import pathlib
-    import shlex
-    import signal
-    import subprocess
-    import sys
-    import time
+class Actor:
+    """A simulated agent. Runs in a process of its own from this source text, so it uses nothing else of the file."""
 
-    real = shlex.quote(real)
-    source, tests = pathlib.Path("agent_demo.py"), pathlib.Path("test_agent_demo.py")
+    def __init__(self, variant: str, command: str, texts: dict[str, str], repository: dict[str, Any]) -> None:
+        self.variant, self.repairs, self.texts, self.repository = variant, command == "self-heal", texts, repository
+        self.source, self.tests = Path("agent_demo.py"), Path("test_agent_demo.py")
+        self.flat = texts["src"].replace(texts["right"], texts["flat"])
 
-    def say(text: str) -> None:
-        print(text, flush=True)
+    def play(self) -> None:
+        print(f"simulated agent, variant {self.variant}", flush=True)
+        getattr(self, f"play_{self.variant}")()
+        print("done", flush=True)
 
-    def write(path: pathlib.Path, text: str) -> None:
-        path.write_text(text, encoding="utf-8", newline="\n")
-        say(f"I wrote {path}")
+    def play_good(self) -> None:
+        self.write(self.source, self.texts["src"])
+        self.write(self.tests, self.texts["test"])
 
-    def attempt(what: str, *words: str) -> None:
-        try:
-            done = subprocess.run(
-                words, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20
-            )
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            said = next((line for line in lines if "agent_runner" in line), lines[0] if lines else "")
-            became = "worked, on this disposable clone only" if done.returncode == 0 else f"refused: {said[:110]}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            became = f"refused: {error}"
-        say(f"{what:<34} {became}")
+    def play_bad(self) -> None:
+        """In self-heal it is the planted build that is bad, and the agent that repairs it."""
+        self.write(self.source, self.texts["src"] if self.repairs else self.flat)
+        self.write(self.tests, self.texts["test"])
 
-    say(f"simulated agent, variant {variant}")
-    if variant == "idle":
-        say("I looked around and changed nothing")
-    elif variant == "hang":
+    play_flaky = play_good
+
+    def play_idle(self) -> None:
+        print("I looked around and changed nothing", flush=True)
+
+    def play_hang(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
-        say("I ignore SIGTERM, have started a child, and never end")
+        print("I ignore SIGTERM, have started a child, and never end", flush=True)
         while True:
             time.sleep(60)
-    elif variant == "stuck":
-        now = source.read_text(encoding="utf-8") if source.exists() else src
-        wrong = ("price * percent / 100", "price - percent / 100")
-        choice = wrong[1] if wrong[0] in now else wrong[0]
-        write(source, src.replace(right, choice))
-    elif variant == "cheat":
-        write(tests, test.replace("(200, 10) == 180", "(200, 10) == 190").replace("(50, 100) == 0", "(50, 100) == -50"))
-        if command == "issue-to-pr":
-            write(source, src.replace(right, flat))
+
+    def play_stuck(self) -> None:
+        """Wrong in one way, and when asked again in another."""
+        now = self.source.read_text(encoding="utf-8") if self.source.exists() else ""
+        first, second = "price * percent / 100", "price - percent / 100"
+        wrong = second if first in now else first
+        self.write(self.source, self.texts["src"].replace(self.texts["right"], wrong))
+
+    def play_cheat(self) -> None:
+        """The test is weakened instead of the code mended."""
+        weaker = self.texts["test"].replace("(200, 10) == 180", "(200, 10) == 190")
+        self.write(self.tests, weaker.replace("(50, 100) == 0", "(50, 100) == -50"))
+        if not self.repairs:
+            self.write(self.source, self.flat)
             hook = "def pytest_collection_modifyitems(items):\n    for item in items:\n"
-            write(pathlib.Path("conftest.py"), f"import pytest\n\n\n{hook}        item.add_marker(pytest.mark.xfail)\n")
-    else:
-        wrong_too = variant == "bad" and command == "issue-to-pr"
-        write(source, src.replace(right, flat) if wrong_too else src)
-        write(tests, test)
-    if variant == "escape":
-        say("Now I try to get my work merged by myself:")
-        push = "push --force --no-verify"
-        tries = [
+            self.write(Path("conftest.py"), f"import pytest\n\n\n{hook}        item.add_marker(pytest.mark.xfail)\n")
+
+    def play_escape(self) -> None:
+        self.play_good()
+        print("Now I try to get my work merged by myself:", flush=True)
+        real, push = shlex.quote(self.repository["path"]), "push --force --no-verify"
+        addresses = [shlex.quote(address) for address in self.repository["addresses"][:2]]
+        for what, words in (
             ("commit here", "commit -q --allow-empty -am mine"),
             ("merge into main here", "checkout -q -B main"),
             ("tag here", "tag -f v999"),
             ("change Git's configuration here", "config core.sshCommand false"),
             ("plant a hook here", "config core.hooksPath planted-hooks"),
             ("push by name", "push origin HEAD:main"),
-            *(("push by address, forced, no hooks", f"{push} {shlex.quote(a)} HEAD:main") for a in addresses[:2]),
+            *(("push by address, forced, no hooks", f"{push} {address} HEAD:main") for address in addresses),
             ("commit in the real repository", f"-C {real} commit -q --allow-empty -m mine"),
             ("move main in the real repository", f"-C {real} branch -f main-moved-by-agent"),
             ("tag in the real repository", f"-C {real} tag v999-by-agent"),
             ("stash in the real repository", f"-C {real} stash store -m x HEAD"),
             ("push to the real repository", f"{push} {real}/ HEAD:refs/heads/agent-was-here"),
-        ]
-        for what, words in tries:
-            attempt(what, "git", "-c", "user.name=agent", "-c", "user.email=agent@example.invalid", *shlex.split(words))
-        attempt("open a pull request with gh", "gh", "pr", "create", "--fill")
-    say("done")
+        ):
+            self.attempt(what, f"git -c user.name=agent -c user.email=agent@example.invalid {words}")
+        self.attempt("open a pull request with gh", "gh pr create --fill")
+
+    def write(self, path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"I wrote {path}", flush=True)
+
+    def attempt(self, what: str, command: str) -> None:
+        """Run a command, and tell what became of it."""
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        try:
+            done = subprocess.run(shlex.split(command), stdin=null, stdout=pipe, stderr=pipe, text=True, timeout=20)
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            said = next((line for line in lines if "agent_runner" in line), lines[0] if lines else "")
+            became = "worked, on this disposable clone only" if done.returncode == 0 else f"refused: {said[:110]}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            became = f"refused: {error}"
+        print(f"{what:<34} {became}", flush=True)
 
 
 def simulated_words(run: Run) -> list[str]:
-    """The command line of a simulated agent: a Python of its own with the text of `play`."""
+    """The command line of a simulated agent: a Python of its own with the text of `Actor`."""
     import inspect
 
-    told: list[Any] = [run.settings.simulate, run.settings.command, DEMO_SRC, DEMO_TEST, RIGHT, FLAT, str(run.repo.top)]
-    told.append(remote_addresses(run.repo))
-    text = f"from __future__ import annotations\n{inspect.getsource(play)}\n"
-    text += "import json, sys\nplay(*json.loads(sys.argv[1]))\n"
+    texts = {"src": DEMO_SRC, "test": DEMO_TEST, "right": RIGHT, "flat": FLAT}
+    repository = {"path": str(run.repo.top), "addresses": remote_addresses(run.repo)}
+    told = [run.settings.simulate, run.settings.command, texts, repository]
+    text = "from __future__ import annotations\nimport json, shlex, signal, subprocess, sys, time\n"
+    text += f"from pathlib import Path\n{inspect.getsource(Actor)}\nActor(*json.loads(sys.argv[1])).play()\n"
     return [sys.executable, "-I", "-S", "-c", text, json.dumps(told)]
 
 
@@ -4353,42 +4403,45 @@ def check_gate(run: Run) -> None:
 
 
 def check_repository(run: Run) -> None:
-    """What of the repository would waste a run: no commit, no identity, a name that cannot be."""
+    """What of the repository would waste a run: no commit, a name that cannot be, a folder that cannot be written."""
     repo = run.repo
     if not repo.common_dir or not repo.git_dir:
         if run.settings.base is not None:
             raise Refusal("--base needs a Git repository; this folder is none.")
         return
-    if not repo.head and run.settings.base is None:
-        raise Refusal("this repository has no commit yet; make one first: git add -A && git commit -m 'Start'")
-    run.base = repo.head
-    if run.settings.base is not None:
-        found = git(
-            repo, "rev-parse", "--verify", "-q", "--end-of-options", f"{run.settings.base}^{{commit}}", check=False
-        )
-        if not found.strip():
-            raise Refusal(f"--base {run.settings.base!r} is no commit here; git branch -a lists what is.")
-        run.base = found.strip()
-    elif run.settings.command == "issue-to-pr":
-        run.base = before_proposal(run, repo.head)
+    run.base = find_base(run)
     partial = git(repo, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", check=False)
     if partial and "\n?" in git(repo, "rev-list", "--objects", "--no-walk", "--missing=print", run.base):
         raise Refusal("this partial clone lacks files of the base; get them: git fetch --refetch --no-filter")
-    if git(repo, "for-each-ref", "--format=x", "refs/heads/agent").strip():
-        exact = git(repo, "rev-parse", "--verify", "-q", "refs/heads/agent", check=False).strip()
-        if exact:
-            raise Refusal("a branch called 'agent' is in the way of 'agent/…'; rename it: git branch -m agent my-agent")
+    if git(repo, "rev-parse", "--verify", "-q", "refs/heads/agent", check=False).strip():
+        raise Refusal("a branch called 'agent' is in the way of 'agent/…'; rename it: git branch -m agent my-agent")
     if not os.access(repo.common_dir, os.W_OK) or not os.access(repo.common_dir / "objects", os.W_OK):
         raise Refusal(f"{repo.common_dir} cannot be written; make it writable, so that a proposal can be made.")
-    for path in run.settings.carry:
-        place = Path(os.path.normpath(repo.top / path))
-        inside = place.relative_to(repo.top).parts if place.is_relative_to(repo.top) else ()
-        if not inside or inside[0] == ".git" or not os.path.lexists(place):
-            raise Refusal(f"--carry {path!r} is no file or folder in this repository; give a path relative to its top.")
-        if git(repo, "ls-files", "--", f":(top,literal){path}").strip():
-            raise Refusal(f"--carry {path!r} is tracked by Git, so every clone has it already; leave it out.")
-    carry = (os.path.relpath(repo.top / path, repo.top).replace(os.sep, "/") for path in run.settings.carry)
-    run.settings = run.settings._replace(carry=tuple(carry))
+    run.settings = run.settings._replace(carry=tuple(check_carried(repo, path) for path in run.settings.carry))
+
+
+def find_base(run: Run) -> str:
+    """The commit to start from: --base, or HEAD, or where the unmerged proposal that HEAD stands on started."""
+    repo, named = run.repo, run.settings.base
+    if named is not None:
+        found = git(repo, "rev-parse", "--verify", "-q", "--end-of-options", f"{named}^{{commit}}", check=False)
+        if not found.strip():
+            raise Refusal(f"--base {named!r} is no commit here; git branch -a lists what is.")
+        return found.strip()
+    if not repo.head:
+        raise Refusal("this repository has no commit yet; make one first: git add -A && git commit -m 'Start'")
+    return before_proposal(run, repo.head) if run.settings.command == "issue-to-pr" else repo.head
+
+
+def check_carried(repo: Repo, path: str) -> str:
+    """A path of --carry, relative to the repository's top."""
+    place = Path(os.path.normpath(repo.top / path))
+    inside = place.relative_to(repo.top) if place.is_relative_to(repo.top) else Path()
+    if not inside.parts or inside.parts[0] == ".git" or not os.path.lexists(place):
+        raise Refusal(f"--carry {path!r} is no file or folder in this repository; give a path relative to its top.")
+    if git(repo, "ls-files", "--", f":(top,literal){path}").strip():
+        raise Refusal(f"--carry {path!r} is tracked by Git, so every clone has it already; leave it out.")
+    return inside.as_posix()
 
 
 def before_proposal(run: Run, head: str) -> str:

@@ -28,11 +28,11 @@ def function(name: str) -> ast.FunctionDef:
 
 
 def outside(*names: str) -> Iterator[ast.AST]:
-    """Every node of the file that does not lie in one of these functions."""
+    """Every node of the file that does not lie in one of these functions or classes."""
     todo: list[ast.AST] = [TREE]
     while todo:
         node = todo.pop()
-        if not (isinstance(node, ast.FunctionDef) and node.name in names):
+        if not (isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names):
             yield node
             todo.extend(ast.iter_child_nodes(node))
 
@@ -62,7 +62,7 @@ def test_only_the_standard_library_is_imported() -> None:
 
 
 def test_processes_start_at_one_place_behind_two_doors() -> None:
-    assert [node for node in outside("spawn", "play") if starts_process(node)] == []
+    assert [node for node in outside("spawn", "Actor") if starts_process(node)] == []
     assert len([node for node in ast.walk(function("spawn")) if starts_process(node)]) == 1
     doors = {f.name for f in FUNCTIONS for node in ast.walk(f) if called_name(node) == ("", "spawn")}
     assert doors == {"call", "run_guarded"}
@@ -74,7 +74,7 @@ def test_processes_start_at_one_place_behind_two_doors() -> None:
 def test_nothing_can_merge_or_push() -> None:
     """No text outside the simulated agent and the commands that are printed names such a command by itself."""
     words = {"merge", "push", "rebase", "cherry-pick", "am", "pull", "send-pack", "receive-pack", "request-pull"}
-    texts = {node.value for node in outside("play", PRINTED) if isinstance(node, ast.Constant)}
+    texts = {node.value for node in outside("Actor", PRINTED) if isinstance(node, ast.Constant)}
     assert not words & texts
 
 
