@@ -196,6 +196,7 @@ class FileChange(NamedTuple):
     added: int
     deleted: int
     binary: bool
+    size: int  # in bytes, as it is now
 
 
 class Start(NamedTuple):
@@ -1075,19 +1076,17 @@ def namespace_args() -> list[str]:
 
 def remote_addresses(repo: Repo) -> list[str]:
     """The addresses of the repository's remotes, those for pushing included."""
-    if not repo.common_dir:
-        return []
     listing = git(repo, "config", "--get-regexp", "-z", r"^remote\..*\.(push)?url$", check=False).split("\0")
     return sorted({line.partition("\n")[2] for line in listing} - {""})
 
 
-def local_remotes(repo: Repo) -> list[Path]:
+def local_remotes(repo: Repo, addresses: Sequence[str]) -> list[Path]:
     """Remotes that are folders of this machine."""
-    places = [repo.top / address.removeprefix("file://") for address in remote_addresses(repo)]
+    places = [repo.top / address.removeprefix("file://") for address in addresses]
     return [path.resolve() for path in places if path.is_dir() and path != repo.top]
 
 
-def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
+def write_guard(folder: Path, repo: Repo, addresses: Iterable[str], *, kernel: bool) -> dict[str, str]:
     """Write hook, shims and conditional configuration; the Git configuration that puts them in force."""
     hooks, shims = folder / "hooks", folder / "bin"
     for made in (hooks, shims, folder / "empty"):
@@ -1100,7 +1099,7 @@ def write_guard(folder: Path, repo: Repo, *, kernel: bool) -> dict[str, str]:
         path.write_text(text, "utf-8", newline="\n")
         path.chmod(0o755)
     config = {"credential.helper": "", "core.askPass": str(shims / "ssh-refused")}
-    for address in sorted({*remote_addresses(repo), *map(str, local_remotes(repo))}):
+    for address in sorted(set(addresses)):
         nowhere = f"url.file:///refused-by-agent_runner/{hashlib.sha256(address.encode()).hexdigest()[:8]}/"
         config[f"{nowhere}.insteadOf"] = config[f"{nowhere}.pushInsteadOf"] = address
     if repo.common_dir and not kernel:
@@ -1333,24 +1332,34 @@ HOME_SETTINGS = """
 def ground_state(run: Run) -> dict[str, str]:
     """The judge's ground by name and state: settings above the clone, and what Python imports at start."""
     seen = run.repo.top if run.bwrap else run.judge_path
-    settings = [folder / name for folder in seen.parents for name in CONFIG_NAMES]
-    settings += [in_home(".config/ruff") / name for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")]
-    settings += [in_home(name) for name in HOME_SETTINGS]
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
-    settings += [Path(folder, name) for folder in os.get_exec_path() for name in tools]
-    state = {str(path): told for path in settings if (told := file_state(path)) not in ("gone", "empty")}
+    ruff = in_home(".config/ruff")
+    settings = [
+        *(os.path.join(folder, name) for folder in seen.parents for name in CONFIG_NAMES),
+        *(os.path.join(ruff, name) for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")),
+        *(str(in_home(name)) for name in HOME_SETTINGS),
+        *(os.path.join(folder, name) for folder in os.get_exec_path() for name in tools),
+    ]
+    state = {path: told for path in settings if (told := file_state(path)) not in ("gone", "empty")}
     for folder in {*run.ground.search, *gate_sites(run)}:
         with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
-                if entry.name != "__pycache__":
-                    state[entry.path] = "folder" if entry.is_dir() else file_state(Path(entry.path))
-                if entry.name.endswith(".dist-info"):
-                    plugins = Path(entry.path, "entry_points.txt")
-                    state[str(plugins)] = file_state(plugins)
-                elif entry.name in ("_pytest", "pytest", "pluggy", "iniconfig"):
-                    for place, folders, files in os.walk(entry.path):
-                        folders[:] = [name for name in folders if name != "__pycache__"]
-                        state |= {path: file_state(Path(path)) for path in (os.path.join(place, f) for f in files)}
+            state |= site_state(folder)
+    return state
+
+
+def site_state(folder: Path) -> dict[str, str]:
+    """A folder that Python imports from: its entries, installed plugins, and the test runner file by file."""
+    state = {}
+    for entry in os.scandir(folder):
+        if entry.name != "__pycache__":
+            state[entry.path] = "folder" if entry.is_dir() else file_state(entry.path)
+        if entry.name.endswith(".dist-info"):
+            plugins = os.path.join(entry.path, "entry_points.txt")
+            state[plugins] = file_state(plugins)
+        elif entry.name in ("_pytest", "pytest", "pluggy", "iniconfig"):
+            for place, folders, files in os.walk(entry.path):
+                folders[:] = [name for name in folders if name != "__pycache__"]
+                state |= {path: file_state(path) for path in (os.path.join(place, name) for name in files)}
     return state
 
 
@@ -1361,15 +1370,16 @@ def gate_sites(run: Run) -> set[Path]:
     return {site for home in homes for site in home.glob("lib/python*/site-packages")}
 
 
-def file_state(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        if status.st_size == 0:  # as good as none: another run may hold the place for its time
-            return "empty"
-        # a new link to the file changes its ctime, as installers that link out of a cache make
-        last = file_hash(path) if status.st_nlink > 1 and stat.S_ISREG(status.st_mode) else status.st_ctime_ns
-        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {last}"
-    return "gone"
+def file_state(path: str | Path) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "gone"
+    if status.st_size == 0:  # as good as none: another run may hold the place for its time
+        return "empty"
+    # a new link to the file changes its ctime, as installers that link out of a cache make
+    last = file_hash(Path(path)) if status.st_nlink > 1 and stat.S_ISREG(status.st_mode) else status.st_ctime_ns
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {last}"
 
 
 def child_env(run: Run, clone: Clone, tmp: Path) -> dict[str, str]:
@@ -1750,7 +1760,8 @@ class Run:
         self.saved_files: dict[str, Path] = {}
         self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]  # none that an agent makes
         self.has_user_site = (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir()
-        self.remotes: list[Path] = []
+        self.addresses: list[str] = []  # of the repository's remotes
+        self.remotes: list[Path] = []  # those that are folders of this machine
         self.work_trees: dict[Path, str] = {}
         self.mentions: list[str] = []
         self.moved: list[Moved] = []
@@ -1780,8 +1791,9 @@ class Run:
             self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
             self.lock = lock_folder(self.folder)
         self.private = PrivateGit(self.repo, self.folder)
-        self.remotes, self.work_trees = local_remotes(self.repo), work_trees(self.repo)
-        self.git_guard = write_guard(self.folder / "guard", self.repo, kernel=bool(self.bwrap))
+        self.remotes, self.work_trees = local_remotes(self.repo, self.addresses), work_trees(self.repo)
+        refused = (*self.addresses, *map(str, self.remotes))
+        self.git_guard = write_guard(self.folder / "guard", self.repo, refused, kernel=bool(self.bwrap))
         become_subreaper()
 
     def open_record(self) -> Path:
@@ -2090,26 +2102,25 @@ def read_files(private: PrivateGit, base: str, tree: str) -> tuple[FileChange, .
         if not path:
             _, path = parts.popleft(), parts.popleft()
         counts[path] = (added, deleted)
+    sizes = blob_sizes(private, [blob for *_, mode, _, blob in raw if blob.strip("0") and mode != "160000"])
     files = []
     for entry in raw:
-        path = entry[1]
-        added, deleted = counts.get(path, ("0", "0"))
+        added, deleted = counts.get(entry[1], ("0", "0"))
         more, fewer = (int(n) if n.isdigit() else 0 for n in (added, deleted))
-        files.append(FileChange(*entry, more, fewer, added == "-"))
+        files.append(FileChange(*entry, more, fewer, added == "-", sizes.get(entry[-1], 0)))
     return tuple(files)
 
 
-def file_sizes(private: PrivateGit, change: Change) -> list[tuple[FileChange, int]]:
-    """The files that the change adds or alters, each with its size in bytes."""
-    files = [file for file in change.files if file.blob.strip("0") and file.mode != "160000"]
-    asked = "".join(f"{file.blob}\n" for file in files).encode()
-    sizes = private("cat-file", "--batch-check=%(objectsize)", stdin=asked).split() if files else []
-    return [(file, int(size)) for file, size in zip(files, sizes, strict=True)]
+def blob_sizes(private: PrivateGit, blobs: Sequence[str]) -> dict[str, int]:
+    """The size of each blob in bytes."""
+    asked = "".join(f"{blob}\n" for blob in blobs).encode()
+    told = private("cat-file", "--batch-check=%(objectsize)", stdin=asked).split() if blobs else []
+    return dict(zip(blobs, map(int, told), strict=True))
 
 
 def readable_tree(private: PrivateGit, change: Change) -> str:
     """The change's tree without the files that are too large to be held in memory and read."""
-    large = [file for file, size in file_sizes(private, change) if size > READ_LIMIT]
+    large = [file for file in change.files if file.size > READ_LIMIT]
     return build_tree(private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in large)) if large else change.tree
 
 
@@ -2926,11 +2937,12 @@ def name_findings(run: Run, change: Change) -> Iterator[Finding]:
                 break
         if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", path):
             yield Finding("path", path, None, "rejects", "a name that cannot be checked out elsewhere")
-    for file, size in file_sizes(run.private, change):
-        if size > READ_LIMIT:
-            yield Finding("large", file.path, None, "first", f"a file of {size_text(size)}, too large to be searched")
-        elif size > 5_000_000:
-            yield Finding("large", file.path, None, "shown", f"a file of {size_text(size)}")
+    for file in change.files:
+        if file.size > READ_LIMIT:
+            told = f"a file of {size_text(file.size)}, too large to be searched"
+            yield Finding("large", file.path, None, "first", told)
+        elif file.size > 5_000_000:
+            yield Finding("large", file.path, None, "shown", f"a file of {size_text(file.size)}")
 
 
 def hiding_findings(run: Run, hunks: list[Hunk]) -> Iterator[Finding]:
@@ -3810,9 +3822,9 @@ class Actor:
 
     def attempt(self, what: str, command: str) -> None:
         """Run a command, and tell what became of it."""
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        words, null = shlex.split(command), subprocess.DEVNULL
         try:
-            done = subprocess.run(shlex.split(command), stdin=null, stdout=pipe, stderr=pipe, text=True, timeout=20)
+            done = subprocess.run(words, check=False, stdin=null, capture_output=True, text=True, timeout=20)
             lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             said = next((line for line in lines if "agent_runner" in line), lines[0] if lines else "")
             became = "worked, on this disposable clone only" if done.returncode == 0 else f"refused: {said[:110]}"
@@ -3826,7 +3838,7 @@ def simulated_words(run: Run) -> list[str]:
     import inspect
 
     texts = {"src": DEMO_SRC, "test": DEMO_TEST, "right": RIGHT, "flat": FLAT}
-    repository = {"path": str(run.repo.top), "addresses": remote_addresses(run.repo)}
+    repository = {"path": str(run.repo.top), "addresses": run.addresses}
     told = [run.settings.simulate, run.settings.command, texts, repository]
     text = "from __future__ import annotations\nimport json, shlex, signal, subprocess, sys, time\n"
     text += f"from pathlib import Path\n{inspect.getsource(Actor)}\nActor(*json.loads(sys.argv[1])).play()\n"
@@ -4409,7 +4421,7 @@ def check_repository(run: Run) -> None:
         if run.settings.base is not None:
             raise Refusal("--base needs a Git repository; this folder is none.")
         return
-    run.base = find_base(run)
+    run.base, run.addresses = find_base(run), remote_addresses(repo)
     partial = git(repo, "config", "--get-regexp", r"^(remote\..*\.promisor|extensions\.partialclone)$", check=False)
     if partial and "\n?" in git(repo, "rev-list", "--objects", "--no-walk", "--missing=print", run.base):
         raise Refusal("this partial clone lacks files of the base; get them: git fetch --refetch --no-filter")
