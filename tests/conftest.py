@@ -35,19 +35,43 @@ sys.path.insert(0, str(ROOT))  # for the tests that call the program's functions
 CHEAP_GATE = f"{shlex.quote(sys.executable)} -S -c pass"
 
 
+# Nothing of this machine's user decides anything. (pytest prints more of a failure in CI.)
+THEIRS = tuple("GIT_ AGENT_ XDG_ GH_ GITHUB_ GITLAB_ GITEA_ FORGEJO_ ACTIONS_ CI_ PYTEST_ADDOPTS".split())  # noqa: SIM905
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(THEIRS) and name != "CI"} | {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "LC_ALL": "C.UTF-8",
+    "NO_COLOR": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PATH": os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])),
+}
+
+
 def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     """An empty HOME, and an environment in which nothing of this machine's user decides anything."""
-    ours = "GIT_ AGENT_ XDG_ GH_ GITHUB_ GITLAB_ GITEA_ FORGEJO_ ACTIONS_ CI_ PYTEST_ADDOPTS"
-    for name in list(os.environ):
-        if name.startswith(tuple(ours.split())) or name == "CI":  # pytest prints more of a failure in CI
-            patch.delenv(name)
     home.mkdir()
-    patch.setenv("HOME", str(home))
-    patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    patch.setenv("LC_ALL", "C.UTF-8")
-    patch.setenv("NO_COLOR", "1")
-    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    patch.setenv("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
+    for name in os.environ.keys() - ENVIRON.keys() - {"PYTEST_CURRENT_TEST"}:
+        patch.delenv(name)
+    for name, value in (ENVIRON | {"HOME": str(home)}).items():
+        patch.setenv(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those who run ahead are asked last."""
+    items.sort(key=lambda item: hasattr(getattr(item, "module", None), "run_ahead"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What modules with a `run_ahead` have started, beside the tests of all the others."""
+    modules = {item.module for item in request.session.items if hasattr(item, "module")}
+    found = {
+        module.__name__: module.run_ahead(request.session.items, tmp_path_factory.mktemp(module.__name__))
+        for module in modules
+        if hasattr(module, "run_ahead")
+    }
+    yield found
+    for bench in found.values():
+        bench.pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +98,13 @@ class Result(NamedTuple):
 class Repository:
     """A temporary repository of a user's, with the handful of questions that the tests ask."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, environ: dict[str, str] | None = None) -> None:
         self.path = path
+        self.environ = environ  # None: the one of the test that is running
 
     def git(self, *words: str, check: bool = True) -> str:
-        done = subprocess.run(["git", "-C", str(self.path), *words], capture_output=True, check=False)
+        words = ("git", "-C", str(self.path), *words)
+        done = subprocess.run(words, env=self.environ, capture_output=True, check=False)
         assert not check or done.returncode == 0, done.stderr.decode()
         return os.fsdecode(done.stdout).strip()
 
@@ -107,7 +133,7 @@ class Repository:
     ) -> Result:
         """Run the program as its users do: as a child process, in the repository, `under` another if one is given."""
         changes = {"AGENT_CMD": agent} | dict(env or {}) if agent is not None else dict(env or {})
-        environ = {name: value for name, value in (dict(os.environ) | changes).items() if value is not None}
+        environ = {k: v for k, v in (dict(self.environ or os.environ) | changes).items() if v is not None}
         start = ["-c", STARTER] if program == PROGRAM else [str(program)]
         argv = [*under, sys.executable, *start, *words]
         done = subprocess.run(

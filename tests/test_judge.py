@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import agent_runner
-from conftest import CHEAP_GATE, LEVELS, Repository, Result, isolate
+from conftest import CHEAP_GATE, ENVIRON, LEVELS, Repository, Result
 
 WORDS = """
 import os, shutil, sys
@@ -148,7 +147,8 @@ class Bench:
     def run(self, number: int, command: str, cases: list[Case]) -> list[Turn]:
         place, first = self.folder / str(number), cases[0]
         (place / "home").mkdir(parents=True)
-        repo, files = Repository(place / "app"), APP | first.files
+        repo = Repository(place / "app", ENVIRON | {"HOME": str(place / "home")})
+        files = APP | first.files
         if command == "issue-to-pr":  # its base must be green
             files["calc.py"] = files["calc.py"].replace("x + 2", "x * 2")
         for name, text in files.items():
@@ -164,11 +164,7 @@ class Bench:
         words += ["--gate", first.gate] if first.gate else []  # none: the default
         words += ["issue.md"] if command == "issue-to-pr" else []
         words += [] if "--sandbox" in words else ["--sandbox", "off"]
-        env = {
-            "HOME": str(place / "home"),
-            "MY_TOKEN": "hunter2-hunter2",
-            "MY_SECRET": "first-line-of-it\nsecond-line-of-it",
-        }
+        env = {"MY_TOKEN": "hunter2-hunter2", "MY_SECRET": "first-line-of-it\nsecond-line-of-it"}
         result = repo.run(*words, agent=agent, env=env)
         attempts = result.report["attempts"]
         assert attempts, result.err
@@ -188,16 +184,18 @@ class Bench:
         return turns[place]
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """All the module's cases that were asked for, running; each test waits for its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, tmp_path_factory.mktemp("judge") / "home")
-        made = Bench(tmp_path_factory.mktemp("cases"))
-        params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-        made.start([(p["command"], p["case"]) for p in params if isinstance(p.get("case"), Case)])
-        yield made
-        made.pool.shutdown(cancel_futures=True)
+def run_ahead(items: list[pytest.Item], folder: Path) -> Bench:
+    """Start all the module's cases that were asked for; each test waits for its own."""
+    made = Bench(folder)
+    params = [item.callspec.params for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    made.start([(p["command"], p["case"]) for p in params if isinstance(p.get("case"), Case)])
+    return made
+
+
+@pytest.fixture
+def bench(ahead: dict[str, Any]) -> Bench:
+    found: Bench = ahead[__name__]
+    return found
 
 
 def table(cases: dict[str, Case]) -> pytest.MarkDecorator:
