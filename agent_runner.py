@@ -801,6 +801,11 @@ def in_home(name: str) -> Path:
     return home_folder() / name
 
 
+def user_base() -> Path:
+    """Where Python keeps the packages that its user has installed for all interpreters (site.USER_BASE)."""
+    return Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local")
+
+
 def copied_config(repo: Repo, folder: Path) -> tuple[dict[str, str], list[Path]]:
     """What of the user's own Git configuration checkout, capture and signing need; the files that hold it all."""
     config: dict[str, str] = {}
@@ -1260,7 +1265,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     folders |= {Path(os.path.abspath(__file__)), *map(Path, run.path)}
     searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     folders |= {entry for entry in searched if entry.is_absolute() and not entry.is_relative_to(top)}
-    folders.add(Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib")
+    folders.add(user_base() / "lib")
     ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
     return survey_imports(run, interpreter, ground) if run.repo.common_dir else ground
 
@@ -1333,8 +1338,10 @@ def ground_state(run: Run) -> dict[str, str]:
     """The judge's ground by name and state: settings above the clone, and what Python imports at start."""
     seen = run.repo.top if run.bwrap else run.judge_path
     tools = {os.path.basename(words[0]) for words in run.gate} | {"python", "python3", "pytest", "ruff", "node", "npm"}
+    programs = [path for words in run.gate if (path := find_program(words[0], run.start))]
     ruff = in_home(".config/ruff")
     settings = [
+        *(str(path) for program in programs for path in (program, interpreter_of(program)) if path),
         *(os.path.join(folder, name) for folder in seen.parents for name in CONFIG_NAMES),
         *(os.path.join(ruff, name) for name in ("pyproject.toml", "ruff.toml", ".ruff.toml")),
         *(str(in_home(name)) for name in HOME_SETTINGS),
@@ -1367,6 +1374,7 @@ def gate_sites(run: Run) -> set[Path]:
     """The folders of installed packages where the gate's programs come from."""
     found = [path for words in run.gate if (path := find_program(words[0], run.start))]
     homes = {p.parent.parent for path in (*found, Path(sys.executable)) for p in (path, Path(os.path.realpath(path)))}
+    homes |= {user_base()} if run.has_user_site else set()
     return {site for home in homes for site in home.glob("lib/python*/site-packages")}
 
 
@@ -1759,7 +1767,7 @@ class Run:
         self.edits = ""  # in the user's checkout
         self.saved_files: dict[str, Path] = {}
         self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]  # none that an agent makes
-        self.has_user_site = (Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local") / "lib").is_dir()
+        self.has_user_site = (user_base() / "lib").is_dir()
         self.addresses: list[str] = []  # of the repository's remotes
         self.remotes: list[Path] = []  # those that are folders of this machine
         self.work_trees: dict[Path, str] = {}

@@ -281,3 +281,81 @@ def test_environment_cannot_be_written_under_the_kernel_level(
     result = drive(repo, sh(f"touch {shlex.quote(str(planted))} || {RIGHT}"), "--gate", gate, level="require")
     assert result.status == 0, result.out + result.err
     assert not planted.exists()
+
+
+PLANT = """
+import os, sys
+counter, text, places = sys.argv[1], sys.argv[2], sys.argv[3:]
+open("calc.py", "w").write("def double(x):\\n    return x * 2\\n")
+turn = len(open(counter).read()) if os.path.exists(counter) else 0
+open(counter, "a").write("x")
+for path in places[:turn]:
+    if os.path.exists(path) and open(path).read() == "# planted\\n":
+        os.unlink(path)
+for path in places if text == "all" else places[turn:turn + 1]:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "a").write("# planted\\n")
+    except OSError as error:
+        print(error)
+"""
+
+
+class Planted(NamedTuple):
+    """An agent that mends the code and writes to the judge's ground, and where it writes."""
+
+    agent: str
+    words: list[str]
+    places: list[Path]
+    above: Path
+
+
+def plant(repo: Repository, tmp_path: Path, home: Path, *, level: str, turns: str) -> Planted:
+    environment = make_environment(tmp_path / "env")
+    (environment.site / "old-1.dist-info").mkdir()
+    user = home / ".local/lib/python3.11/site-packages"
+    for folder in (user, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    (tmp_path / "plant.py").write_text(PLANT, encoding="utf-8")
+    above = (repo.path.parent if level == "require" else home / ".cache/agent-runner") / "pytest.ini"
+    places = [
+        user / "usercustomize.py",
+        environment.site / "new.pth",
+        environment.site / "sitecustomize.py",
+        environment.site / "old-1.dist-info/entry_points.txt",
+        environment.site / "new-1.dist-info/entry_points.txt",
+        environment.path / "bin" / "pytest",
+        tmp_path / "bin" / "ruff",
+        home / ".config/ruff/ruff.toml",
+        above,
+    ]
+    words = [sys.executable, "-S", str(tmp_path / "plant.py"), str(tmp_path / "counter"), turns, *map(str, places)]
+    gate = ["--gate", f"{environment.path}/bin/pytest -q", "--gate", "ruff check calc.py"]
+    options = ["self-heal", "--json", "--no-switch", "--sandbox", level, *gate]
+    return Planted(shlex.join(words), options, places, above)
+
+
+def test_whatever_an_agent_plants_on_the_judges_ground_rejects(
+    broken: Repository, tmp_path: Path, hermetic: Path
+) -> None:
+    planted = plant(broken, tmp_path, hermetic, level="off", turns="one")
+    path = os.pathsep.join((str(tmp_path / "bin"), os.environ["PATH"]))
+    words = [*planted.words, "--attempts", str(len(planted.places))]
+    result = broken.run(*words, agent=planted.agent, env={"PATH": path})
+    assert result.status == 2, result.err
+    for attempt, place in zip(result.report["attempts"], planted.places, strict=True):
+        told = {check["name"]: check for check in attempt["gate"]}
+        assert not told["integrity"]["passed"] and str(place) in told["integrity"]["reason"], (place, attempt)
+
+
+@needs_bwrap
+def test_what_can_be_planted_on_the_judges_ground_under_the_kernel_level_rejects(
+    broken: Repository, tmp_path: Path, hermetic: Path
+) -> None:
+    home = hermetic
+    planted = plant(broken, tmp_path, home, level="require", turns="all")
+    path = os.pathsep.join((str(tmp_path / "bin"), os.environ["PATH"]))
+    result = broken.run(*planted.words, "--attempts", "1", agent=planted.agent, env={"PATH": path})
+    made = {str(place) for place in planted.places if place.exists() and "# planted" in place.read_text()}
+    assert made == {str(home / ".config/ruff/ruff.toml"), str(planted.above)}, "folders that tools may write to"
+    assert result.status == 2 and {finding["path"] for finding in result.report["findings"]} == made
