@@ -63,6 +63,7 @@ FAULT = 70  # EX_SOFTWARE of sysexits(3)
 GIT_NEEDED = (2, 34)
 ISSUE_LIMIT = 1 << 20  # bytes
 KEPT_BYTES = 1 << 16  # of an output, at its head and again at its tail
+HUGE = 1_000_000_000  # bytes; no forge takes a file of that size, and Git would read it for minutes
 READ_LIMIT = 20_000_000  # bytes of one changed file; a larger one is shown, not read
 SHOWN_LINES = 200  # of an agent's output, before only the record gets it
 BRIEF_LINES = 60  # of a failed command's output in a brief, head and tail together
@@ -897,7 +898,9 @@ class PrivateGit:
 
 def cache_root(top: Path) -> Path:
     """The folder for runs, outside the repository at `top`: in the user's cache, else in the temporary folder."""
-    places = [Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "agent-runner"]
+    home, moved = home_folder(), os.environ.get("XDG_CACHE_HOME")
+    at_home = [Path(moved or home / ".cache") / "agent-runner"] if moved or (home.is_dir() and home.name) else []
+    places = [*at_home]
     with contextlib.suppress(OSError):
         places.append(Path(tempfile.gettempdir()) / f"agent-runner-{'' if WINDOWS else os.getuid()}")
     for root in places:
@@ -905,7 +908,7 @@ def cache_root(top: Path) -> Path:
             if (
                 not root.is_absolute()
                 or root.resolve().is_relative_to(top)
-                or (root in places[1:] and root.is_symlink())
+                or (root not in at_home and root.is_symlink())
             ):
                 continue
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -1001,8 +1004,13 @@ def is_intact(clone: Clone) -> bool:
     return False
 
 
-def carry_into(clone: Clone, top: Path) -> None:
-    """Copy the ignored files and folders that the user carries along into a clone."""
+def carry_into(clone: Clone, top: Path) -> str:
+    """Copy the ignored files and folders that the user carries along into a clone; why not, where that fails."""
+
+    def special(folder: str, names: list[str]) -> list[str]:
+        paths = ((name, Path(folder, name)) for name in names)
+        return [name for name, path in paths if not (path.is_symlink() or path.is_file() or path.is_dir())]
+
     for path in clone.carried:
         target = clone.path / path
         if follows_link(target):
@@ -1010,11 +1018,12 @@ def carry_into(clone: Clone, top: Path) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if (top / path).is_dir():
-                shutil.copytree(top / path, target, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(top / path, target, symlinks=True, dirs_exist_ok=True, ignore=special)
             else:
                 shutil.copy2(top / path, target)
         except OSError as error:
-            raise Refusal(f"--carry {path!r} cannot be copied: {one_line(str(error))}") from None
+            return f"--carry {path!r} cannot be copied: {one_line(str(error))}"
+    return ""
 
 
 # -------------------------------------------------------------------------------------------- guard
@@ -1186,6 +1195,14 @@ def units_of(run: Run, words: Sequence[str]) -> set[Path]:
     return {mount_unit(p, run.repo.top) for p in paths if p and p.is_absolute() and is_untracked_file(p, run)}
 
 
+def untracked_parts(run: Run, unit: Path) -> list[Path]:
+    """An environment of the user's; where it also holds files of the commit, only its own folders."""
+    parts = [unit, *(unit / name for name in ("bin", "lib", "lib64", "include", "pyvenv.cfg"))]
+    paths = {part: os.path.relpath(part, run.repo.top) for part in parts if part.exists()}
+    tracked = {part: path == "." or run.private("ls-tree", run.base, "--", path) for part, path in paths.items()}
+    return [unit] if not tracked[unit] else [part for part, told in tracked.items() if not told]
+
+
 def scripts_of(run: Run, words: Sequence[str]) -> list[Path]:
     """Those of its units that are files. Only the command itself finds them in a clone, no other that checks it."""
     return sorted(unit for unit in units_of(run, words) if not unit.is_dir())
@@ -1258,6 +1275,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     venv = os.environ.get("VIRTUAL_ENV")
     borrowed = {Path(venv)} if venv and Path(venv).is_relative_to(top) else set()
     borrowed |= {unit for words in commands for unit in units_of(run, words) if unit.is_dir()}
+    borrowed = {part for unit in borrowed for part in untracked_parts(run, unit)}
     interpreter = find_interpreter(run, commands[1:])
     folders = {Path(sys.prefix), Path(sys.base_prefix), interpreter.parent, *(p.parent for p in programs)}
     folders |= {Path(os.path.realpath(p)).parent for p in (interpreter, *programs)}
@@ -1266,7 +1284,7 @@ def survey_ground(run: Run, commands: Sequence[Sequence[str]]) -> Ground:
     searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     folders |= {entry for entry in searched if entry.is_absolute() and not entry.is_relative_to(top)}
     folders.add(user_base() / "lib")
-    ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)))
+    ground = Ground(tuple(sorted(folders)), tuple(sorted(borrowed)) if run.bwrap else ())
     return survey_imports(run, interpreter, ground) if run.repo.common_dir else ground
 
 
@@ -1424,6 +1442,9 @@ def work_trees(repo: Repo) -> dict[Path, str]:
     """The other work trees of the same repository, and the branch that each has checked out."""
     listing = git(repo, "worktree", "list", "--porcelain") if repo.common_dir else ""
     found = re.findall(r"^worktree (.+)\n(?:bare\n|HEAD .*\n(?:branch (.*)\n)?)", listing, re.MULTILINE)
+    if repo.common_dir:  # where a submodule lies, its own list does not tell
+        told = git(repo, "config", "--type=path", "--get", "core.worktree", GIT_DIR=str(repo.common_dir), check=False)
+        found += [(os.path.normpath(repo.common_dir / told.strip()), "")] if told.strip() else []
     return {Path(path): branch for path, branch in found if Path(path) != repo.top}
 
 
@@ -1450,13 +1471,23 @@ def cover_stores(run: Run) -> list[str]:
     """Arguments that hide credential stores, login sockets, and the files that a forge's runner takes orders from."""
     agent, runtime = os.environ.get("SSH_AUTH_SOCK"), os.environ.get("XDG_RUNTIME_DIR")
     orders = [value for key, value in os.environ.items() if RUNNER_FILES.match(key)]
-    named = (Path(place) for place in (agent, runtime, f"/run/user/{os.getuid()}", *orders) if place)
+    needed = (run.folder, run.repo.top, home_folder(), Path(tempfile.gettempdir()))  # by the agent
+    named = [Path(place) for place in (agent, runtime, f"/run/user/{os.getuid()}", *orders) if place]
+    named = [path for path in named if not any(place.is_relative_to(path) for place in needed)]
     args: list[str] = []
     for path in (*(home_folder() / name for name in STORES), *map(in_home, STORES), *named):
         if path.exists():
             place, nothing = str(path.resolve()), str(run.folder / "guard" / "nothing")
             args += ["--tmpfs", place] if path.is_dir() else ["--ro-bind", nothing, place]
     return args + (["--bind", agent, agent] if agent and "SSH_AUTH_SOCK" in run.settings.keep_env else [])
+
+
+def outside_parts(repo: Repo) -> list[Path]:
+    """What belongs to the repository and lies elsewhere: a hooks folder, and what its Git directory links to."""
+    inside = [path for path in (repo.top, repo.common_dir, repo.git_dir) if path]
+    links = [entry for folder in {*inside[1:]} for entry in folder.iterdir() if entry.is_symlink()]
+    found = {path.resolve() for path in (*links, *([repo.hooks] if repo.hooks else []))}
+    return sorted(path for path in found if not any(path.is_relative_to(place) for place in inside))
 
 
 def lend_objects(run: Run) -> list[str]:
@@ -1481,7 +1512,7 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
         *(*namespace_args(), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
         *mounts("bind", free),
         *mounts("ro-bind", (f for f in run.ground.folders if f not in (home, *home.parents, *free))),
-        *mounts("ro-bind", (*settings, *run.remotes)),
+        *mounts("ro-bind", (*settings, *run.remotes, *outside_parts(run.repo))),
         *cover_stores(run),
         *mounts("bind", given),
         *(word for path in others for word in ("--tmpfs", str(path))),
@@ -1551,14 +1582,16 @@ def mount_points(run: Run, clone: Clone, sources: Iterable[Path]) -> Iterator[No
         remove_points(made)
 
 
-def hold_settings(root: Path) -> None:
+def hold_settings(root: Path, repo: Repo) -> None:
     """Make what there is not yet of the user's Git configuration, so that it is mounted read-only like the rest."""
     if not home_folder().is_dir():
         return
     file, folder = (home_folder() / ".gitconfig").resolve(), in_home(".config/git").resolve()
+    hooks = [path for path in outside_parts(repo) if repo.hooks and path == repo.hooks.resolve()]
     with lock_folder(root, wait=True), open(root / "held", "a", encoding="utf-8", errors="surrogateescape") as held:
-        inside = Path(file.anchor)
-        made = [*make_point(file, inside, folder=False), *make_point(folder, inside, folder=True)]
+        made = make_point(file, Path(file.anchor), folder=False)
+        for place in (folder, *hooks):
+            made += make_point(place, Path(place.anchor), folder=True)
         held.writelines(f"{path}\n" for path in made)
 
 
@@ -1647,10 +1680,13 @@ def file_hash(path: Path) -> str:
     An empty file says nothing either, but for a lock: a run beside this one may hold one in HOME.
     """
     with contextlib.suppress(OSError):
-        if path.is_symlink():
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
             return f"link {os.readlink(path)}"
+        if not stat.S_ISREG(mode):
+            return "" if stat.S_ISDIR(mode) else f"special {mode:o}"  # a pipe, which nobody may open
         data = path.read_bytes()
-        return f"{path.stat().st_mode:o} {hashlib.sha256(data).hexdigest()}" if data or path.suffix == ".lock" else ""
+        return f"{mode:o} {hashlib.sha256(data).hexdigest()}" if data or path.suffix == ".lock" else ""
     return ""
 
 
@@ -1853,9 +1889,7 @@ class Run:
         clone = self.take_ready(commit) if kind == "judge" else None
         clone = clone or check_out(self.private, path, seen, commit)
         open_clone(self.private, clone, commit, self.borrowed_objects())
-        clone = clone._replace(carried=self.settings.carry)
-        carry_into(clone, self.repo.top)
-        return clone
+        return clone._replace(carried=self.settings.carry)
 
     def make_ready(self) -> None:
         """Check the base out for the judge while the agent works, where the kernel keeps the agent out."""
@@ -1937,6 +1971,9 @@ def end_marked(name: str) -> None:
 def recover(folder: Path, here: Repo) -> list[str]:
     """Keep what the agent of a killed run left in its workspace under that run's own ref; told if it lies `here`."""
     told = json.loads((folder / "run.json").read_text("utf-8"))
+    if planted := told.get("planted"):  # outside Git
+        put_back({Path(path): None if data is None else bytes.fromhex(data) for path, data in planted.items()})
+        return []
     places = {k: Path(told["repo"][k]) for k in ("top", "git_dir", "common_dir", "hooks")}
     repo = Repo(**(told["repo"] | places))
     path = Path(told["workspace"])
@@ -1996,18 +2033,23 @@ def find_nested(clone: Clone, paths: Iterable[str], apart: set[str]) -> list[str
 def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]]:
     """The tree of all that lies in a clone and is not ignored; and what lies there that no commit can hold."""
     private.seal()
+    Path(f"{clone.index_file}.lock").unlink(missing_ok=True)  # of a Git that was killed: the index is ours alone
     entries = [e.split("\t", 1) for e in zsplit(private("ls-files", "-s", "-z", clone=clone))]
-    new = zsplit(private("ls-files", "-o", "--exclude-standard", "-z", clone=clone))
+    new = zsplit(private("ls-files", "-o", "-m", "--exclude-standard", "-z", clone=clone))
     apart = {path for meta, path in entries if meta.startswith("160000")} | set(clone.carried)
     nested = find_nested(clone, (*(path for _, path in entries), *new), apart)
     unfit = tuple(Finding("nested", path, None, "rejects", NESTED) for path in nested)
+    huge = {path: size for path in new if (size := size_of(clone.path / path)) > HUGE}
+    unfit += tuple(
+        Finding("large", p, None, "rejects", f"{size_text(n)}: too large to commit") for p, n in huge.items()
+    )
     if nested and clone.path.is_relative_to(private.folder):
         for folder in nested:  # the files inside are the agent's work, and are kept with the rest
             inner = clone.path / folder / ".git"
             remove_folder(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
         tree, more = capture(private, clone)
         return tree, (*unfit, *more)
-    apart |= set(nested)
+    apart |= {*nested, *huge}
     left_out = [path for path in sorted(apart) if apart.isdisjoint(parents_of(path))]
     left_out = [path for path in left_out if not follows_link(clone.path / os.path.dirname(path))]
     spec = ".\0" + "".join(f":(top,literal,exclude){path}\0" for path in left_out)
@@ -2021,6 +2063,12 @@ def capture(private: PrivateGit, clone: Clone) -> tuple[str, tuple[Finding, ...]
         left = [path for path in left if apart.isdisjoint((path.rstrip("/"), *parents_of(path)))]
         unfit += tuple(Finding("path", path, None, "rejects", why) for path in left)
     return private("write-tree", clone=clone).strip(), unfit
+
+
+def size_of(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.lstat().st_size
+    return 0
 
 
 def add_all(private: PrivateGit, clone: Clone, spec: str) -> str:
@@ -2487,7 +2535,9 @@ def judge(run: Run, commit: str) -> Verdict:
 
 
 def run_setup(run: Run, clone: Clone, role: str) -> list[Check]:
-    """Prepare a clone with the user's setup commands; stops at the first that fails."""
+    """Prepare a clone: what the user carries along, then the setup commands; stops at the first that fails."""
+    if reason := carry_into(clone, run.repo.top) if run.repo.common_dir else "":
+        return [Check("carry", "--carry", False, reason)]
     checks = []
     for command in run.settings.setup:
         words = bring_untracked(split_command(command, "--setup"), run, gate=True)
@@ -3275,33 +3325,44 @@ def propose_pr(run: Run, change: Change) -> tuple[str, bool]:
     note_commit(run.records / record_name(run), change.commit, run.repo.head)
     bring_commit(run.repo, run.private, change.commit)
     name = f"agent/{run.slug}" if run.issue else "agent/self-heal"
-    branch = ensure_branch(run.repo, name, change.commit)
-    return branch, run.settings.switch and switch_to(run, branch, change)
+    with lock_folder(run.records, wait=True):  # of two runs that end together, one sees that the other has switched
+        branch = ensure_branch(run.repo, name, change.commit)
+        return branch, run.settings.switch and switch_to(run, branch)
 
 
-def switch_to(run: Run, branch: str, change: Change) -> bool:
+def switch_to(run: Run, branch: str) -> bool:
     """Switch the user's checkout, if it is clean, unmoved, and no file of the user's is in the way."""
-    repo = run.repo
-    now = find_repo(run.repo.top)
-    if (now.head, now.head_ref) != (repo.head, repo.head_ref):
-        run.mentions.append("HEAD was left where it is: it moved during the run.")
-        return False
-    if run.edits:
-        run.mentions.append("HEAD was left where it is: the checkout has uncommitted changes.")
-        return False
-    new = zsplit(
-        git(repo, "diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A", repo.head, branch)
-    )
-    in_way = [path for path in new if is_in_way(repo.top, path)]
-    if in_way:
-        run.mentions.append(f"HEAD was left where it is: {one_line(in_way[0])} of yours would be overwritten.")
-        return False
     try:
-        git(repo, "switch", "-q", "--no-guess", "--no-overwrite-ignore", branch)  # refuses in mid-rebase
-    except GitError as error:
+        if reason := reason_to_stay(run, branch):
+            run.mentions.append(f"HEAD was left where it is: {reason}.")
+            return False
+        git(run.repo, "switch", "-q", "--no-guess", "--no-overwrite-ignore", branch)  # refuses in mid-rebase
+    except (Refusal, OSError) as error:
         run.mentions.append(f"HEAD was left where it is: {error}")
         return False
     return True
+
+
+def reason_to_stay(run: Run, branch: str) -> str:
+    """Why the user's checkout is not switched to a branch, or nothing."""
+    repo, now = run.repo, find_repo(run.repo.top)
+    if (now.head, now.head_ref) != (repo.head, repo.head_ref):
+        return "it moved during the run"
+    if run.edits:
+        return "the checkout has uncommitted changes"
+    listing = git(repo, "diff-tree", "-r", "-z", "--name-status", "--no-renames", repo.head, branch)
+    for status, path in zip(zsplit(listing)[::2], zsplit(listing)[1::2], strict=True):
+        if is_in_way(repo.top, path) if status == "A" else has_hidden_edits(repo, path):
+            return f"{one_line(path)} of yours would be overwritten"
+    return ""
+
+
+def has_hidden_edits(repo: Repo, path: str) -> bool:
+    """Does a tracked file hold what its commit does not, though Git calls it clean, as a filter makes it?"""
+    place = repo.top / path
+    if place.is_symlink() or not place.is_file():
+        return False
+    return place.read_bytes() != os.fsencode(git(repo, "cat-file", "--filters", f"{repo.head}:{path}"))
 
 
 def is_in_way(top: Path, path: str) -> bool:
@@ -3965,7 +4026,7 @@ def self_heal(run: Run) -> Ending:
 def prepare_workspace(run: Run) -> None:
     """Make the workspace, find the judge's ground, and note how everything was before the agent."""
     if run.bwrap:
-        hold_settings(run.folder.parent)
+        hold_settings(run.folder.parent, run.repo)
     run.known, run.before = set(known_commits(run)), take_snapshot(run)
     save_files(run, run.before)
     if run.repo.common_dir:
@@ -3977,18 +4038,24 @@ def prepare_workspace(run: Run) -> None:
         plant_in_place(run)
     setup = [split_command(command, "--setup") for command in run.settings.setup]
     run.ground = survey_ground(run, [run.agent, *run.gate, *(bring_untracked(w, run, gate=True) for w in setup)])
-    if run.settings.setup:
-        step = run.console.step(f"setup: {'; '.join(run.settings.setup)}")
-        with step, mount_points(run, run.workspace, run.ground.borrowed):
-            for check in run_setup(run, run.workspace, "setup"):
-                if not check.passed:
-                    raise Refusal(f"--setup {check.command!r} failed: {check.reason}\n{telling_lines(check.output)}")
+    prepare_clone(run, run.workspace)
     fresh = bool(run.repo.common_dir and not run.settings.setup and not run.settings.carry)
     run.t0 = read_start(run.private, run.workspace, run.base, fresh=fresh)
     run.ground_before = ground_state(run)
     for name in run.ground.unfaithful:
         run.console.say(f"  note: {name} is imported from your checkout, not from the clone, without the kernel level")
     note_for_recovery(run)
+
+
+def prepare_clone(run: Run, clone: Clone) -> None:
+    """Carry along and set up what the agent is to find; a failure of that ends the run before the agent starts."""
+    setup = run.settings.setup
+    step = run.console.step(f"setup: {'; '.join(setup)}") if setup else contextlib.nullcontext()
+    with step, mount_points(run, clone, run.ground.borrowed):
+        failed = [check for check in run_setup(run, clone, "setup") if not check.passed]
+    for check in failed:
+        what = check.reason if check.name == "carry" else f"--setup {check.command!r} failed: {check.reason}"
+        raise Refusal(f"{what}\n{telling_lines(check.output)}".strip())
 
 
 def take_turn(run: Run, number: int, failure: Verdict | None) -> Attempt:
@@ -4215,8 +4282,7 @@ def conclude_in_place(run: Run, ending: Ending) -> Ending:
     if run.settings.simulate:
         base, files = run.base, ending.change.files if ending.change else ()
         was = {run.repo.top / f.path: run.private.file(base, f.path) if f.status != "A" else None for f in files}
-        for path, data in (was | run.planted).items():
-            path.unlink(missing_ok=True) if data is None else path.write_bytes(data)
+        put_back(was | run.planted)
     return ending
 
 
@@ -4225,7 +4291,7 @@ def save_files(run: Run, before: Snapshot) -> None:
     assert run.record is not None
     folder = run.record / "before"
     for number, (name, digest) in enumerate(before.files.items()):
-        if digest and not digest.startswith("link "):
+        if digest and not digest.startswith(("link ", "special ")):
             folder.mkdir(exist_ok=True)
             saved = folder / f"{number}-{Path(name).name}"
             shutil.copy2(name, saved)
@@ -4444,7 +4510,8 @@ def find_base(run: Run) -> str:
     """The commit to start from: --base, or HEAD, or where the unmerged proposal that HEAD stands on started."""
     repo, named = run.repo, run.settings.base
     if named is not None:
-        found = git(repo, "rev-parse", "--verify", "-q", "--end-of-options", f"{named}^{{commit}}", check=False)
+        told = git(repo, "rev-parse", "--verify", "-q", "--end-of-options", named, check=False).strip()
+        found = git(repo, "rev-parse", "--verify", "-q", f"{told}^{{commit}}", check=False) if told else ""
         if not found.strip():
             raise Refusal(f"--base {named!r} is no commit here; git branch -a lists what is.")
         return found.strip()
@@ -4541,8 +4608,19 @@ def plant_in_place(run: Run) -> None:
     """Outside Git: write the planted red build into the folder, and note what lay there."""
     for name in ("agent_demo.py", "test_agent_demo.py"):
         path = run.start / name
+        if path.exists() and not path.is_file():
+            raise Refusal(f"{name} is no file here; move it away, or start in another folder.")
         run.planted[path] = path.read_bytes() if path.exists() else None
-        path.write_bytes(run.private.file(run.base, name) or b"")
+    lay = {str(path): None if data is None else data.hex() for path, data in run.planted.items()}
+    (run.folder / "run.json").write_text(json.dumps({"planted": lay}), "utf-8")
+    for path in run.planted:
+        path.write_bytes(run.private.file(run.base, path.name) or b"")
+
+
+def put_back(files: dict[Path, bytes | None]) -> None:
+    """Write files as they were; None for one that was not there."""
+    for path, data in files.items():
+        path.unlink(missing_ok=True) if data is None else path.write_bytes(data)
 
 
 def announce(run: Run) -> None:
@@ -4612,21 +4690,26 @@ def interrupted(signal_seen: Interrupted, change: Change | None = None) -> Endin
 def reason_of(error: Exception, run: Run) -> str:
     """The sentence for something that the user can mend; a fault of our own is raised again."""
     if isinstance(error, OSError):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EFBIG):
             raise error
-        return f"{error.strerror}: {error.filename or 'a file of the run'}; make room or give access, and run again"
+        return f"{error.strerror}: {error.filename or 'a file of the run'}; mend that (room, access), and run again"
     text, places = str(error), [run.repo.common_dir, run.folder if run.lock else None]
     for place in places if isinstance(error, GitError) else ():  # Git does not always give the cause
-        if place and (free := shutil.disk_usage(place).free) < 1 << 24:
-            text += f"; only {size_text(free)} are free on the disk of {place}"
+        with contextlib.suppress(OSError):
+            if place and (free := shutil.disk_usage(place).free) < 1 << 24:
+                text += f"; only {size_text(free)} are free on the disk of {place}"
     return text
 
 
 def salvage(run: Run) -> Change | None:
     """What lies in the workspace of a run that did not get to its end."""
-    with contextlib.suppress(Refusal, OSError):
+    try:
         return change_of_workspace(run) if run.attempts else None
-    return None
+    except (Refusal, OSError) as error:
+        run.keep_folder = True
+        why = one_line(str(error))
+        run.mentions.append(f"the agent's work could not be read ({why}); the next run in this repository keeps it.")
+        return None
 
 
 def dry_run(run: Run) -> Ending:
@@ -4712,9 +4795,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals.shielded = True
         report = finish(run, ending)
     except Exception:  # noqa: BLE001  (the last resort)
-        run.keep_folder = bool(run.attempts)  # the next run keeps the agent's work
+        run.keep_folder = bool(run.attempts or run.planted)  # the next run keeps the agent's work
         ending = Ending("", f"a fault in the program itself; its traceback is in {save_traceback()}", exit_code=FAULT)
         report = well_formed(build_report(run, ending, []), console.mask)
+        run.note("report.json", json.dumps(report, indent=2) + "\n")
         console.say(f"\nFAULT (exit {FAULT}): {ending.message}")
     finally:
         signals.shielded = True

@@ -73,7 +73,7 @@ CASES = {
     "agent idle": Case(CHEAP, "pass", "agent-failed", 4),
     "rule broken": Case(f"{CHEAP} --sandbox off", ESCAPE, "rule-broken", 5),
     "interrupted": Case(f"{CHEAP} --sandbox off", ENDED, "interrupted", 143),
-    "fault": Case(CHEAP, TRIPLE, None, 70, "no-records"),
+    "fault": Case(CHEAP, TRIPLE, None, 70, "faulty program"),
     "dry run": Case(f"{ISSUE} --dry-run", TRIPLE, None, 0),
 }
 KEPT = """
@@ -215,12 +215,14 @@ def make(case: Case, folder: Path) -> Ended:
     if case.app == "flaky":
         app.write("test_flaky.py", FLAKY)
     app.commit("as the case wants it")
-    if case.app == "no-records":
-        app.write(".git/agent-runner", "a file in the place of the folder\n")
+    program = PROGRAM
+    if case.app == "faulty program":
+        program = folder / "faulty_agent_runner.py"
+        program.write_text(PROGRAM.read_text("utf-8").replace("def run_agent(", "def run_agent_no_more("), "utf-8")
     script = folder / "agent.py"
     script.write_text(f"REAL = {str(app.path)!r}\n{case.agent}", encoding="utf-8")
     agent = shlex.join([sys.executable, "-S", str(script)]) if case.agent else None
-    return Ended(case, app, app.run(*shlex.split(case.words), "--json", agent=agent))
+    return Ended(case, app, app.run(*shlex.split(case.words), "--json", agent=agent, program=program))
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def git_calls(name: str) -> Iterator[tuple[ast.FunctionDef, ast.Call]]:
 def test_users_repository_is_written_where_a_reader_expects_it() -> None:
     """Of all Git commands there only these change anything, each in the function that is named for it."""
     reads = {"for-each-ref", "ls-files", "ls-tree", "remote", "rev-list", "rev-parse", "status", "symbolic-ref", "var"}
-    reads |= {"diff-tree"}
+    reads |= {"cat-file", "diff-tree"}
     writes: dict[str, set[str]] = {}
     for f, node in git_calls("git"):
         command, *rest = command_words(f, node)
