@@ -693,6 +693,7 @@ def own_git_env(config: dict[str, str], **more: str) -> dict[str, str]:
     """The environment of our own Git commands: no inherited `GIT_*`, no prompt, no lock, no hook."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in GIT_KEPT}
     env.update(LC_ALL="C", LANGUAGE="", GIT_TERMINAL_PROMPT="0", GIT_OPTIONAL_LOCKS="0")
+    env["GIT_GRAFT_FILE"] = f"{os.devnull}/none"  # where an agent may have put a pipe
     env.update(GIT_NO_REPLACE_OBJECTS="1", GIT_NO_LAZY_FETCH="1", GIT_ASKPASS="", SSH_ASKPASS="", GIT_EDITOR=":")
     return env | config_env(SAFE_CONFIG | config) | more
 
@@ -1181,9 +1182,9 @@ def is_untracked_file(path: Path, run: Run) -> bool:
 def mount_unit(path: Path, top: Path) -> Path:
     """What must be mounted for an untracked program to work: its environment, its node_modules, itself."""
     for folder in path.parents:
-        if folder == top or not folder.is_relative_to(top):
+        if not folder.is_relative_to(top):
             break
-        if (folder / "pyvenv.cfg").exists() or folder.name == "node_modules":
+        if (folder / "pyvenv.cfg").exists() or (folder.name == "node_modules" and folder != top):
             return folder
     return path
 

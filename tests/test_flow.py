@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -564,6 +565,24 @@ def test_simulated_run_outside_git_leaves_demo_files_only_if_they_are_green(
     assert {name: after.pop(name) for name in DEMO if name in after}.keys() == (set(DEMO) if stays else set())
     assert after == before
     assert "this folder is no Git repository" in result.out
+
+
+@side_by_side
+def test_demo_files_of_the_users_own_are_put_back_outside_git_after_a_kill_too(world: World) -> None:
+    folder = outside_git(world.repo)
+    (folder / "agent_demo.py").write_text("mine = 1\n")
+    environ = os.environ | {"XDG_CACHE_HOME": str(world.path / "cache")}
+    wait = f"{PYTHON} -c 'import time; time.sleep(60)'"
+    words = [sys.executable, str(PROGRAM), "self-heal", "--simulate", "stuck", "--gate", wait]
+    with subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.DEVNULL) as killed:
+        while "mine" in (folder / "agent_demo.py").read_text():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    result = Repository(folder).run(
+        "self-heal", "--simulate", "stuck", "--gate", DEMO_GATE, env={"XDG_CACHE_HOME": str(world.path / "cache")}
+    )
+    assert result.status == 2 and (folder / "agent_demo.py").read_text() == "mine = 1\n", result.out
 
 
 @side_by_side

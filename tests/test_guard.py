@@ -1091,6 +1091,85 @@ def test_an_ordinary_user_has_the_same_guard(world: World, level: str) -> None:
         shutil.rmtree(place)
 
 
+# ------------------------------------------------------- what belongs to the repository, and does not lie in it
+
+
+@needs_bwrap
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not-there-yet"])
+@side_by_side
+def test_hooks_folder_outside_the_repository_is_out_of_reach(world: World, there: bool) -> None:
+    hooks = home_of(world.repo) / f"hooks-{there}"
+    if there:
+        hooks.mkdir()
+    world.repo.git("config", "core.hooksPath", str(hooks))
+    code = f"""
+try:
+    write({str(hooks / "post-checkout")!r}, "#!/bin/sh")
+except OSError as error:
+    told["planted"] = str(error)
+"""
+    result = act(world.repo, code, *REQUIRE)
+    assert "Read-only" in told_by(world.repo, result)["planted"]
+    assert result.report["moved"] == [] and not (hooks / "post-checkout").exists() and hooks.exists() == there
+
+
+@needs_bwrap
+@side_by_side
+def test_git_folder_made_of_links_is_out_of_reach(world: World) -> None:
+    main, place = world.repo, world.path / "linked"
+    (place / ".git").mkdir(parents=True)
+    for name in ("refs", "objects", "hooks", "config", "info", "packed-refs", "logs"):
+        (place / ".git" / name).symlink_to(main.path / ".git" / name)
+    main.git("pack-refs", "--all")
+    shutil.copy(main.path / ".git/HEAD", place / ".git/HEAD")
+    linked = Repository(place)
+    linked.git("reset", "-q", "--hard")
+    before = main.state()
+    code = f"""
+git("branch", "-C", {str(main.path)!r}, "branch", "evil")
+try:
+    write({str(main.path / ".git/hooks/pre-commit")!r}, "#!/bin/sh")
+except OSError as error:
+    told["planted"] = str(error)
+"""
+    result = act(linked, code, *REQUIRE)
+    told = told_by(linked, result)
+    assert told["tried"]["branch"][0] != 0 and "Read-only" in told["planted"]
+    main.git("branch", "-q", "-D", "agent/issue")
+    assert main.state() == before
+
+
+@needs_bwrap
+@side_by_side
+def test_submodules_main_checkout_is_hidden_from_its_linked_worktree(world: World) -> None:
+    top = small_app(world.path / "top")
+    top.git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(world.repo.path), "sub")
+    sub, side = Repository(top.path / "sub"), Repository(world.path / "side")
+    (sub.path / "mine.txt").write_text("precious\n")
+    for key, value in (("user.name", "Ada"), ("user.email", "ada@example.invalid")):
+        sub.git("config", key, value)
+    sub.git("worktree", "add", "-q", "-b", "side", str(side.path))
+    code = f"told['there'] = os.listdir({str(sub.path)!r})"
+    assert told_by(side, act(side, code, *REQUIRE))["there"] == []
+
+
+@pytest.mark.parametrize("code", ["os.mkfifo(REAL + '/.git/hooks/post-x')", "os.mkfifo(REAL + '/.git/info/grafts')"])
+@side_by_side
+def test_a_pipe_among_what_is_watched_is_told_and_not_waited_for(world: World, code: str) -> None:
+    (world.repo.path / ".git/hooks").mkdir(exist_ok=True)
+    (world.repo.path / ".git/info").mkdir(exist_ok=True)
+    result = act(world.repo, code, *OFF)
+    assert result.status == 5, result.err
+    subprocess.run(["sh", "-c", result.report["moved"][0]["undo"]], cwd=world.repo.path, check=True)
+    assert not list(world.repo.path.glob(".git/*/grafts")) + list(world.repo.path.glob(".git/hooks/post-x"))
+
+
+@side_by_side
+def test_an_agent_that_deletes_the_repository_broke_the_rule(world: World) -> None:
+    result = act(world.repo, "import shutil\nshutil.rmtree(REAL + '/.git')", *OFF)
+    assert result.status == 5 and result.report["outcome"] == "rule-broken", result.err
+
+
 # ------------------------------------------------------------------------------------------- all of it, for a learner
 
 

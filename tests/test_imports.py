@@ -359,3 +359,25 @@ def test_what_can_be_planted_on_the_judges_ground_under_the_kernel_level_rejects
     made = {str(place) for place in planted.places if place.exists() and "# planted" in place.read_text()}
     assert made == {str(home / ".config/ruff/ruff.toml"), str(planted.above)}, "folders that tools may write to"
     assert result.status == 2 and {finding["path"] for finding in result.report["findings"]} == made
+
+
+@needs_bwrap
+@pytest.mark.parametrize("place", ["", "backend"], ids=["top", "folder"])
+def test_environment_that_also_holds_tracked_code_does_not_stand_in_for_it(
+    broken: Repository, tmp_path: Path, place: str
+) -> None:
+    """The user's uncommitted fix must not be what is judged, nor their files be seen."""
+    code = Path(place, "calc.py")
+    if place:
+        (broken.path / place).mkdir()
+        for name in ("calc.py", "test_calc.py"):
+            broken.git("mv", name, f"{place}/{name}")
+        broken.commit("a folder")
+    environment = make_environment(broken.path / place)
+    (broken.path / code).write_text("def double(x):\n    return x * 2\n", encoding="utf-8")
+    gate = f"{shlex.quote(environment.python)} -m pytest -q {code.parent / 'test_calc.py'}"
+    words = ("self-heal", "--json", "--no-switch", "--sandbox", "require", "--gate", gate, "--attempts", "1")
+    result = broken.run(
+        *words, agent=sh(f"grep -q '+ 2' {code}; echo >> {code}"), env={"VIRTUAL_ENV": str(environment.path)}
+    )
+    assert result.status == 2 and "1 of 1 tests failed" in result.report["message"], result.err

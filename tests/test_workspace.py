@@ -528,3 +528,74 @@ def test_carry_of_what_is_no_ignored_file_of_the_repository_is_refused(repo: Rep
         result = drive(repo, "true", "--carry", path)
         assert result.status == 3
         assert "--carry" in result.report["message"]
+
+
+# ------------------------------------------------------------------- what once stood in the way of reading the change
+
+
+def test_lock_that_a_killed_git_left_costs_no_work(repo: Repository) -> None:
+    result = drive(repo, sh('touch "$(dirname "$(dirname "$PWD")")/index-workspace.lock"; echo >> calc.py'))
+    assert proposed(repo, result) == {"M calc.py"}
+
+
+def test_file_of_over_a_gigabyte_is_told_and_left_out_and_the_rest_is_kept(repo: Repository) -> None:
+    result = drive(repo, sh("truncate -s 1001M disk.img; truncate -s 1001M issue.md; echo >> calc.py"))
+    assert result.status == 1 and findings(result) == {"large disk.img", "large issue.md"}, result.err
+    assert kept(repo, result) == {"M calc.py"}
+
+
+def test_workspace_that_cannot_be_read_is_kept_for_the_next_run(repo: Repository, hermetic: Path) -> None:
+    lost = sh('echo "# mine" >> calc.py; mv ../../git ../../away')  # Git cannot read anything now
+    result = drive(repo, lost)
+    assert result.status == 3 and "the next run in this repository keeps it" in result.err, result.err
+    (folder,) = (path for path in (hermetic / ".cache/agent-runner").iterdir() if (path / "away").is_dir())
+    (folder / "away").rename(folder / "git")
+    drive(repo, "true")
+    (ref,) = repo.git("for-each-ref", "--format=%(refname)", "refs/agent-runner/").splitlines()
+    assert changed(repo, ref) == {"M calc.py"} and not folder.exists()
+
+
+def test_carried_path_that_the_change_has_no_room_for_is_red(repo: Repository) -> None:
+    repo.write("data/tracked", "1\n")
+    repo.write(".gitignore", "data/own\n")
+    repo.commit()
+    repo.write("data/own/x", "mine\n")
+    os.mkfifo(repo.path / "data/own/pipe")
+    result = drive(repo, sh("test -e data/own/x; rm -r data; echo > data"), "--carry", "data/own")
+    assert result.status == 1 and "--carry 'data/own' cannot be copied" in result.report["message"], result.err
+
+
+# ------------------------------------------------------------------------------------------- the user's checkout
+
+
+def test_lines_that_a_filter_hides_from_git_are_not_lost_by_switching(repo: Repository) -> None:
+    repo.write(".gitattributes", "calc.py filter=strip\n")
+    repo.git("config", "filter.strip.clean", "grep -v SECRET")
+    repo.git("config", "filter.strip.smudge", "cat")
+    repo.commit()
+    secret = (repo.path / "calc.py").read_text() + "SECRET = 1\n"
+    repo.write("calc.py", secret)
+    repo.git("add", "calc.py")
+    assert repo.git("status", "--porcelain") == ""
+    words = ("issue-to-pr", "issue.md", "--json", "--no-baseline", "--gate", CHEAP_GATE, "--sandbox", "off")
+    result = repo.run(*words, agent=sh("sed -i '1i import os' calc.py"))
+    assert result.status == 0 and (repo.path / "calc.py").read_text() == secret
+    assert "calc.py of yours would be overwritten" in " ".join(result.report["mentions"])
+    assert repo.git("branch", "--show-current") == "main"
+
+
+def test_index_that_git_cannot_read_does_not_undo_the_proposal(repo: Repository) -> None:
+    repo.write(".git/index", "garbage")
+    words = ("issue-to-pr", "issue.md", "--json", "--no-baseline", "--gate", CHEAP_GATE, "--sandbox", "off")
+    result = repo.run(*words, agent=sh("echo >> calc.py"))
+    assert result.status == 0 and result.report["branch"] == "agent/issue", result.err
+    assert "HEAD was left where it is" in " ".join(result.report["mentions"])
+
+
+def test_base_may_be_spelled_as_git_has_it_and_a_range_is_none(repo: Repository) -> None:
+    start = repo.git("rev-parse", "HEAD")
+    repo.write("more.txt", "more\n")
+    repo.commit("more")
+    assert drive(repo, sh("echo >> calc.py"), "--base", ":/start").report["base"] == start
+    result = drive(repo, "true", "--base", "main..main")
+    assert result.status == 3 and "--base 'main..main' is no commit here" in result.report["message"]
