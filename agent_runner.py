@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -1264,7 +1264,7 @@ def ask_interpreter(python: Path, run: Run, asked: list[Any], path: str | None) 
 def package_names(run: Run) -> list[str]:
     """Names that a module or package of the repository could be imported by."""
     names: set[str] = set()
-    for path in zsplit(run.private("ls-tree", "-r", "-z", "--name-only", run.base)):
+    for path in base_files(run):
         if path.endswith(".py"):
             names.update(part.removesuffix(".py") for part in path.split("/")[:4])
     return sorted(name for name in names if name.isidentifier() and name not in sys.stdlib_module_names)[:2000]
@@ -1345,11 +1345,11 @@ def shadows_standard_library(folder: Path) -> bool:
 
 CONFIG_NAMES = """
     pytest.ini .pytest.ini pytest.toml .pytest.toml pyproject.toml tox.ini setup.cfg setup.py ruff.toml
-    .ruff.toml conftest.py .coveragerc .ignore .gitignore __init__.py
+    .ruff.toml conftest.py .coveragerc .ignore .gitignore __init__.py .isort.cfg node_modules package.json .npmrc
 """.split()  # noqa: SIM905
 HOME_SETTINGS = """
     .gitconfig .config/git/config .config/git/ignore .mypy.ini .config/mypy/config .pylintrc .config/pylintrc .npmrc
-    .config/uv/uv.toml .config/pip/pip.conf .pip/pip.conf
+    .config/uv/uv.toml .config/pip/pip.conf .pip/pip.conf .profile .bash_profile .bash_login .bashrc .zshenv .zprofile
 """.split()  # noqa: SIM905
 
 
@@ -1815,7 +1815,7 @@ class Run:
         self.before: Snapshot | None = None
         self.judged = ""
         self.known: set[str] = set()
-        self.modules: set[str] | None = None  # the names by which the base's code is imported
+        self.files: tuple[str, ...] | None = None  # of the base
         self.instructions: tuple[str, str] | None = None  # the committed ones: path and text
         self.t0: Start | None = None
         self.planted: dict[Path, bytes | None] = {}
@@ -2612,8 +2612,8 @@ TEST_PATH = re.compile(
     r"|(^|/)[^/]*(_test\.go|[._](test|spec)\.[cm]?[jt]sx?|_spec\.rb|Tests?\.(java|kt|cs))$"
 )
 JUDGE_PATH = re.compile(
-    r"(^|/)(conftest\.py|\.?(pytest|tox)\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.pylintrc"
-    r"|noxfile\.py|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
+    r"(^|/)(conftest\.py|\.?(pytest|tox)\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.?pylintrc"
+    r"|noxfile\.py|tasks\.py|dodo\.py|Taskfile\.ya?ml|\.npmrc|\.isort\.cfg|tsconfig\.json|vite\.config\.[^/]*|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
     r"|\.eslint(rc[^/]*|ignore)|eslint\.config\.[^/]*|biome\.jsonc?|\.rspec|phpunit\.xml[^/]*|\.golangci\.ya?ml"
     r"|\.gitattributes|\.gitmodules|\.ignore|pyvenv\.cfg|pyrightconfig\.json|CODEOWNERS|\.envrc"
     r"|\.python-version|\.tool-versions|\.?mise\.toml"
@@ -2627,7 +2627,7 @@ JUDGE_PATH = re.compile(
 SECTION_FILES = ("pyproject.toml", "setup.cfg", "tox.ini")
 SECTIONS = re.compile(
     r"pytest|ruff|coverage|tox|testenv|flake8|mypy|pylint|entry.?points|^tool$|\\"
-    r"|^tool\.(uv\.sources|poe|taskipy|(pdm|hatch|pixi)\b.*\.(scripts|tasks))"
+    r"|^tool\.(uv\.sources|(poe|taskipy)(\.|$)|(pdm|hatch|pixi)\b.*\.(scripts|tasks))"
 )
 LOOSE = re.compile(  # lines that count wherever they stand
     r"\s*[\"']?tool[\"']?\s*[.=]|.*(pytest11|\\[uU]0|\brequires-python|@\s*(file:|\.)"
@@ -2766,6 +2766,14 @@ def path_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Findi
             yield Finding("hidden-code", file.path, None, "first", "code in a folder that linters leave out")
         if file.status == "R" and CODE.search(file.old_path) and not CODE.search(file.path):
             yield Finding("hidden-code", file.path, None, "first", "code under a name that linters leave out")
+        if file.mode == "120000" and PYTHON.search(file.path):
+            yield Finding(
+                "hidden-code", file.path, None, "first", "a link with the name of code, which nothing here reads"
+            )
+        if file.status in "AMR" and re.search(r"\.(zip|egg|whl|pyz)$", file.path):
+            yield Finding("hidden-code", file.path, None, "first", "an archive, from which Python can import")
+        if file.status in "AR" and file.path.endswith(".pyi") and f"{file.path[:-1]}" in base_files(run):
+            yield Finding("hidden-code", file.path, None, "first", "a type checker reads it in place of the code")
         if file.mode == "120000":
             target = os.fsdecode(run.private.file(change.tree, file.path) or b"")
             if leaves_repository(file.path, target):
@@ -2814,11 +2822,27 @@ def shadow_reason(run: Run, change: Change, path: str, tests: KnownTests) -> str
         return ""
     if folder not in ("", run.repo.prefix) and run.private.file(change.tree, inside) is not None:
         return ""  # inside a package it has another name
-    if module in SHADOWED or (module in installed_names(run) and module not in base_modules(run)):
+    is_own, now = module in base_modules(run), {f.old_path for f in change.files if f.status in "DR"}
+    if is_importable(run, folder, tests) and (module in SHADOWED or (module in installed_names(run) and not is_own)):
         return f"bears the name of a module that Python's tools or the code import ({module})"
-    if tests.hold(path) and not re.match(r"(test_.*|.*_test)$", module) and module in base_modules(run):
-        return f"bears the name of a module of this repository ({module}), which tests would import instead"
+    others = [
+        p for p in base_files(run) if re.search(rf"(^|/){re.escape(module)}(/__init__)?\.py$", p) and p not in now
+    ]
+    if is_own and others and (folder in ("", run.repo.prefix) or (tests.hold(path) and not is_test_module(name))):
+        return f"bears the name of a module of this repository ({one_line(others[0])}), and is imported instead"
     return ""
+
+
+def is_importable(run: Run, folder: str, tests: KnownTests) -> bool:
+    """May modules in this folder be imported by their bare names, ahead of Python's own?"""
+    search = re.compile(rb"^\s*python_?path\s*=(.*)", re.MULTILINE | re.IGNORECASE)
+    texts = (run.private.file(run.base, name) or b"" for name in (*SECTION_FILES, "pytest.ini", "pytest.toml"))
+    named = {
+        word for text in texts for line in search.findall(text) for word in re.findall(r"[\w./-]+", os.fsdecode(line))
+    }
+    places = {"", run.repo.prefix, "src", "lib", "python", *run.ground.roots, *named}
+    scripts = {os.path.dirname(path) for path in gate_files(run)}
+    return folder in places | scripts or bool(TEST_PATH.search(f"{folder}/")) or folder in test_folders(run)
 
 
 def installed_names(run: Run) -> set[str]:
@@ -2828,13 +2852,16 @@ def installed_names(run: Run) -> set[str]:
 
 def base_modules(run: Run) -> set[str]:
     """Names by which modules and packages of the repository are imported, at the base."""
-    if run.modules is None:
-        listing = zsplit(run.private("ls-tree", "-r", "-z", "--name-only", run.base))
-        paths = {path for path in listing if path.endswith(".py")}
-        places = {path.removesuffix("/__init__.py").rpartition("/") for path in paths}
-        top = (place for place in places if f"{place[0]}/__init__.py".lstrip("/") not in paths)
-        run.modules = {name.removesuffix(".py") for _, _, name in top}
-    return run.modules
+    paths = {path for path in base_files(run) if path.endswith(".py")}
+    places = {path.removesuffix("/__init__.py").rpartition("/") for path in paths}
+    return {name.removesuffix(".py") for folder, _, name in places if f"{folder}/__init__.py".lstrip("/") not in paths}
+
+
+def base_files(run: Run) -> tuple[str, ...]:
+    """The paths of all files of the base; asked for once."""
+    if run.files is None:
+        run.files = tuple(zsplit(run.private("ls-tree", "-r", "-z", "--name-only", run.base)))
+    return run.files
 
 
 def test_support(run: Run, change: Change, tests: KnownTests) -> set[str]:
@@ -2867,13 +2894,15 @@ def literal(paths: Iterable[str]) -> list[str]:
 def lost_examples(run: Run, file: FileChange) -> bool:
     """Does a change to code take away or alter an example of its docstrings?"""
     import ast
-    from collections import Counter
     from doctest import DocTestParser
 
     def examples(blob: str) -> Counter[tuple[str, str]]:
         tree = ast.parse(run.private("cat-file", "blob", blob) if blob.strip("0") else "")
+        nodes: list[ast.AST] = [tree]  # those whose docstrings doctest finds: not what a function holds
+        for node in nodes:
+            nodes += getattr(node, "body", []) if isinstance(node, (ast.Module, ast.ClassDef)) else []
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+        texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
         return Counter((e.source, e.want) for text in texts for e in DocTestParser().get_examples(text))
 
     try:
@@ -2939,9 +2968,12 @@ READ_BY_TOOL = dict.fromkeys(("npm", "npx", "yarn", "pnpm", "node", "bun"), ("pa
 def gate_files(run: Run) -> set[str]:
     """Files that gate commands run or take their settings from, and what those run, not what they check."""
     commands = [*run.gate, *(split_command(command, "--setup") for command in run.settings.setup)]
-    found = {name for words in commands for name in READ_BY_TOOL.get(os.path.basename(words[0]), ())}
-    names = found | {name for words in commands for name in names_read(words)}
-    found = set()
+    tools = {os.path.basename(word) for words in commands for word in with_inner_words(words)}
+    read = {name for tool in tools for name in READ_BY_TOOL.get(tool, ())}
+    names = {name for words in commands for name in names_read(words)} | read
+    if read:
+        names |= {os.path.join(run.repo.top, path) for path in base_files(run) if os.path.basename(path) in read}
+    found: set[str] = set()
     while todo := {p for name in names if (p := path_in(run.repo, name))} - found:
         found |= todo
         listing = run.private("ls-tree", "-z", run.base, "--", *sorted(todo)[:500])
@@ -3031,7 +3063,7 @@ def hiding_findings(run: Run, hunks: list[Hunk]) -> Iterator[Finding]:
 
 def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests) -> Iterator[Finding]:
     """Findings that the added lines give: markers, knowledge of the test runner, secrets. Moved lines are not new."""
-    secrets = {part for secret in run.console.secrets for part in (secret, *secret.splitlines()) if len(part) >= 8}
+    secrets = new_secrets(run, change, hunks)
     moved = {line.strip() for hunk in hunks for line in hunk.removed}
     for hunk in hunks:
         path, is_test = hunk.path, tests.hold(hunk.path)
@@ -3051,11 +3083,21 @@ def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests
             yield Finding("secret", file.path, None, "rejects", "a token, key or withheld value in a file's name")
 
 
+def new_secrets(run: Run, change: Change, hunks: list[Hunk]) -> set[str]:
+    """The withheld values that the change holds and the base does not: what lies there is no secret."""
+    parts = {part for secret in run.console.secrets for part in (secret, *secret.splitlines()) if len(part) >= 8}
+    texts = [*(line for hunk in hunks for line in hunk.added), *(file.path for file in change.files)]
+    found = {part for part in parts if any(part in text for text in texts)}
+    return {part for part in found if not files_with(run, change.base, ("-F", "-e", part), [])}
+
+
 def code_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Finding]:
     """What the change brings into Python code that knows, ends or changes the process that runs it."""
     files = [f for f in change.files if PYTHON.search(f.path) and not tests.hold(f.path) and f.size <= READ_LIMIT]
+    files = [f for f in files if "160000" not in (f.mode, f.old_mode)]
     blobs = read_blobs(run.private, [blob for f in files for blob in (f.old_blob, f.blob) if blob.strip("0")])
-    known = {f.path: suspects(blobs.get(f.old_blob, b""), tests).keys() for f in files}
+    was = {f.path: b"" if tests.hold(f.old_path) else blobs.get(f.old_blob, b"") for f in files}
+    known = {path: suspects(data, tests).keys() for path, data in was.items()}
     gone = {word for f in files if f.status == "D" for word in known[f.path]}  # moved, as a rule
     for file in files:
         if file.status == "D" or "120000" in (file.mode, file.old_mode) or os.path.basename(file.path) == "setup.py":
@@ -3223,44 +3265,84 @@ def prove(run: Run, change: Change, verdict: Verdict) -> Proof:
     return Proof(mended | new_on_old, old_on_new)
 
 
-def only_beside_new_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool) -> str:
-    """Tests of the base that pass here and do not pass without the change's new test modules, if it has any."""
-    number = next((n for n, words in enumerate(run.gate) if pytest_word(words) is not None), None)
+def without_new_tests(run: Run, change: Change, verdict: Verdict) -> tuple[Check | None, tuple[Finding, ...]]:
+    """Judge the change once more without the test files that it adds: nothing of the base may lean on those.
+
+    A test that passes only beside them is a red check. Of a command that leaves no report, it is shown first.
+    """
+    added = new_tests(run, change, verdict)
+    if not added or not run.repo.common_dir:
+        return None, ()
+    tree = build_tree(run.private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in added))
+    alone = judge(run, run.private.commit(tree, run.base, "Without the new tests"))
+    known, paths = known_tests(run.baseline).files, {f.path for f in added}
+    lost: list[str] = []
+    for check, again in zip(verdict.checks, alone.checks, strict=False):
+        then, now = ({n: o for n, o in (c.tests or {}).items() if o == "passed"} for c in (check, again))
+        fewer = count_functions(then) - count_functions(now)
+        names = (name for name in then if name not in now and name.partition("[")[0] in fewer)
+        lost += [n for n in names if (file := n.partition("::")[0]) in known or not is_one_of(file, paths)]
+    if lost:
+        reason = f"only beside the new test files do these pass: {'; '.join(lost[:20])}"
+        return Check("tests of the base alone", "", False, reason), ()
+    red = [
+        again for check, again in zip(verdict.checks, alone.checks, strict=False) if not (check.tests or again.passed)
+    ]
+    why = "passes only beside this new test file: " + "; ".join(again.command for again in red)
+    findings = tuple(Finding("leans-on-new", f.path, None, "first", why) for f in added if red)
+    return None, tuple(settle(run.settings, finding) for finding in findings)
+
+
+def is_one_of(file: str, paths: Iterable[str]) -> bool:
+    """Is this file of a test's name, which pytest tells from its own root, one of these in the repository?"""
+    return any(f"/{path}".endswith(f"/{file}") for path in paths)
+
+
+def count_functions(names: Iterable[str]) -> Counter[str]:
+    """How many tests each test function stands for; its parameters may have other names in every run."""
+    return Counter(name.partition("[")[0] for name in names)
+
+
+def new_tests(run: Run, change: Change, verdict: Verdict) -> list[FileChange]:
+    """The test modules that the change adds, and the package files among tests; those that do something."""
     known = known_tests(run.baseline)
-    now = known_tests(verdict).files - known.files
+    ran = known_tests(verdict).files - known.files
     new = [f for f in change.files if f.status in "ARC" and f.path.endswith(".py") and f.mode != "120000"]
-    new = [f for f in new if f.path in now or (TEST_PATH.search(f.path) and "__init__" in f.path)]
-    texts = {f.path: os.fsdecode(run.private.file(change.tree, f.path) or b"") for f in new}
-    new = [f for f in new if (does_something(texts[f.path]) if repair else REACHES.search(texts[f.path]))]
-    if number is None or not new or not run.baseline:
-        return ""
-    wanted = ("failed", "error") if repair else ("passed",)
-    then = {name: o for c in run.baseline.checks for name, o in (c.tests or {}).items() if o in wanted}
-    tree = build_tree(run.private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in new))
-    files = sorted({name.partition("::")[0] for name in then} - {f.path for f in new})
-    alone = run_tests_on(run, tree, number, files, "Tests of the base, without the new ones") if files else {}
-    there = {name.partition("::")[0] for name, outcome in alone.items() if outcome == "passed"}
-    bad = [name for name, o in then.items() if alone.get(name) != "passed"]
-    bad = [name for name in bad if then[name] != "error" or name.partition("::")[0] not in there]
-    return f"only beside the new test files do these pass: {'; '.join(bad[:20])}" if bad else ""
+    folders = test_folders(run) if new else set()
+
+    def is_test(path: str) -> bool:
+        folder, name = os.path.split(path)
+        return (
+            is_test_module(name)
+            or name in ran
+            or any(f"/{path}".endswith(f"/{file}") for file in ran)
+            or (name == "__init__.py" and (folder in folders or bool(TEST_PATH.search(path))))
+        )
+
+    new = [f for f in new if is_test(f.path)]
+    blobs = read_blobs(run.private, [f.blob for f in new])
+    return [f for f in new if does_something(blobs[f.blob])]
 
 
-def does_something(text: str) -> bool:
+def is_test_module(path: str) -> bool:
+    """Is this a name by which pytest finds a test module?"""
+    return bool(re.search(r"(^|/)(test_[^/]*|[^/]*_test)\.py$", path))
+
+
+def test_folders(run: Run) -> set[str]:
+    """The folders of the base that hold test modules."""
+    return {os.path.dirname(path) for path in base_files(run) if is_test_module(path)}
+
+
+def does_something(data: bytes) -> bool:
     """Is there more in a module than comments and a docstring?"""
     import ast
 
     try:
-        parts = [part.value if isinstance(part, ast.Expr) else None for part in ast.parse(text).body]
+        parts = [part.value if isinstance(part, ast.Expr) else None for part in ast.parse(data).body]
         return not all(isinstance(part, ast.Constant) for part in parts)
     except (ValueError, SyntaxError):
         return True
-
-
-REACHES = re.compile(  # what a test module could do to others
-    r"^[ \t]*(?!self\.|cls\.)[A-Za-z_]\w*\.[^\n=()]{1,200}=[^=]|\b(setattr|delattr|globals|reload|exec|eval)\b"
-    r"|__dict__|\bsys\.(modules|path|meta_path)|\bpytest_\w+|_pytest|pluginmanager|\bpatch\b|\bscope\b|autouse",
-    re.MULTILINE,
-)
 
 
 def passed_tests(verdict: Verdict | None) -> set[str]:
@@ -3641,9 +3723,13 @@ def pr_text(run: Run, ending: Ending) -> str:
 
 def first_lines(run: Run, ending: Ending) -> list[str]:
     """What the reviewer should see before all else: findings, a proof that failed, what the run has to mention."""
-    findings = sorted(ending.verdict.findings if ending.verdict else (), key=lambda f: f.severity == "shown")
-    lines = [f"- {code(f.path + (f':{f.line}' if f.line else ''))} {code(f.detail)}" for f in findings[:50]]
-    lines += [f"- and {len(findings) - 50} more findings"] if len(findings) > 50 else []
+    kinds: dict[tuple[bool, str], list[Finding]] = {}
+    for f in ending.verdict.findings if ending.verdict else ():
+        kinds.setdefault((f.severity == "shown", f.kind), []).append(f)
+    lines = []
+    for (_, kind), found in sorted(kinds.items(), key=lambda item: (item[0][0], len(item[1]))):  # the rarest first
+        lines += [f"- {code(f.path + (f':{f.line}' if f.line else ''))} {code(f.detail)}" for f in found[:20]]
+        lines += [f"- and {len(found) - 20} more of this kind ({kind})"] if len(found) > 20 else []
     lines += [f"- {code(name)} {text}" for first, name, text in proof_rows(ending.proof) if first]
     if ending.change and ending.change.ignored:
         names = ", ".join(map(code, ending.change.ignored[:10]))
@@ -4244,24 +4330,23 @@ def with_base_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool)
         again = steady(before, judge(run, run.base))
         hard = [one for one in hard if one in lost_tests(again, verdict, moved, repair=repair, may_skip=may_skip)]
     verdict = with_lost_tests(verdict, hard)
-    if verdict.passed and (reason := only_beside_new_tests(run, change, verdict, repair=repair)):
-        verdict = verdict._replace(checks=(*verdict.checks, Check("tests of the base alone", "", False, reason)))
+    check, leaning = without_new_tests(run, change, verdict) if verdict.passed else (None, ())
+    if check:
+        verdict = verdict._replace(checks=(*verdict.checks, check))
     weakened: dict[str, list[str]] = {}
     for one in lost:
         if one.file in moved:
             weakened.setdefault(one.file, []).append(f"{one.name.partition('::')[2]} {one.became}")
     kind, why = "test-lost", "passed at the base and no longer counts: "
-    return verdict, tuple(
-        settle(run.settings, Finding(kind, moved[file], None, "first", why + "; ".join(names[:20])))
-        for file, names in weakened.items()
-    )
+    found = (Finding(kind, moved[file], None, "first", why + "; ".join(names[:20])) for file, names in weakened.items())
+    return verdict, (*leaning, *(settle(run.settings, finding) for finding in found))
 
 
 def unrun_findings(change: Change, verdict: Verdict) -> tuple[Finding, ...]:
     """New test files that the gate's own pytest passed over, as its `testpaths` may have it."""
     ran = {name.split("::")[0] for check in verdict.checks for name in check.tests or ()}
     why = "a new test file that no gate command ran, so it proves nothing"
-    new = [f.path for f in change.files if f.status == "A" and re.search(r"(^|/)(test_[^/]*|[^/]*_test)\.py$", f.path)]
+    new = [f.path for f in change.files if f.status == "A" and is_test_module(f.path)]
     unrun = [path for path in new if ran and not any(f"/{path}".endswith(f"/{file}") for file in ran)]
     return tuple(Finding("not-run", path, None, "shown", why) for path in unrun)
 
