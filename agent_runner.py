@@ -2968,9 +2968,9 @@ READ_BY_TOOL = dict.fromkeys(("npm", "npx", "yarn", "pnpm", "node", "bun"), ("pa
 def gate_files(run: Run) -> set[str]:
     """Files that gate commands run or take their settings from, and what those run, not what they check."""
     commands = [*run.gate, *(split_command(command, "--setup") for command in run.settings.setup)]
-    tools = {os.path.basename(word) for words in commands for word in with_inner_words(words)}
-    read = {name for tool in tools for name in READ_BY_TOOL.get(tool, ())}
-    names = {name for words in commands for name in names_read(words)} | read
+    words = {word for command in commands for word in with_inner_words(command)}
+    read = {name for word in words for name in READ_BY_TOOL.get(os.path.basename(word), ())}
+    names = {name for command in commands for name in names_read(command)} | read
     if read:
         names |= {os.path.join(run.repo.top, path) for path in base_files(run) if os.path.basename(path) in read}
     found: set[str] = set()
@@ -2978,9 +2978,38 @@ def gate_files(run: Run) -> set[str]:
         found |= todo
         listing = run.private("ls-tree", "-z", run.base, "--", *sorted(todo)[:500])
         scripts = [e.split("\t")[1] for e in zsplit(listing) if " blob " in e and not CODE.search(e)]
-        lines = [line for path in scripts for line in (run.private.file(run.base, path) or b"").splitlines()[:2000]]
-        names = {name for line in lines for name in names_read(split_line(os.fsdecode(line)))}
+        texts = [(path, os.fsdecode(run.private.file(run.base, path) or b"")) for path in scripts]
+        lines = [(path, line) for path, text in texts for line in lines_that_run(path, text, words)]
+        told = [(path, name) for path, line in lines for name in names_read(split_line(line))]
+        names = {name for _, name in told}  # as the gate's folder has it, or the script's own
+        names |= {os.path.join(run.repo.top, os.path.dirname(path), name) for path, name in told}
     return found
+
+
+def lines_that_run(path: str, text: str, words: set[str]) -> list[str]:
+    """The lines of a script; of a Makefile or a package.json, those that the targets among the words come to."""
+    rules: dict[str, list[str]] = {"": []}
+    if os.path.basename(path) == "package.json":
+        with contextlib.suppress(ValueError, AttributeError):
+            scripts = json.loads(text).get("scripts", {})
+            rules |= {name: [str(line), f"pre{name} post{name}"] for name, line in scripts.items()}
+    elif os.path.basename(path) not in (*READ_BY_TOOL["make"], *READ_BY_TOOL["just"]):
+        return text.split("\n")[:2000]
+    now = [""]
+    for line in text.split("\n")[:2000] if len(rules) == 1 else ():
+        if header := re.match(r"([\w./%-][^:=#\t]*):(?!=)(.*)", line):
+            now = header[1].split()
+        for target in now if header or line.startswith(("\t", " ")) else [""]:
+            rules.setdefault(target, []).append(header[2] if header else line)
+    first = [name for name in rules if name and not name.startswith(".")]
+    first = first if path.endswith(".json") else first[:1]
+    todo, counts = [*(words & rules.keys() or first), ""], {}
+    while todo:
+        target = todo.pop()
+        counts[target] = rules[target]
+        named = {word for line in rules[target] for word in split_line(line)}
+        todo += sorted(named & rules.keys() - counts.keys())
+    return [line for lines in counts.values() for line in lines]
 
 
 def path_in(repo: Repo, name: str) -> str:
