@@ -128,11 +128,11 @@ class Turn(NamedTuple):
 
 
 class Bench:
-    """Runs tricks two at a time. Those that must be red and start alike are the attempts of one run."""
+    """Runs tricks. Those that must be red and start alike are the attempts of one run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, workers: int) -> None:
         self.folder = folder
-        self.pool = ThreadPoolExecutor(2)
+        self.pool = ThreadPoolExecutor(workers)
         self.turns: dict[tuple[str, Case], Future[list[Turn]]] = {}
 
     def start(self, asked: list[tuple[str, Case]]) -> None:
@@ -187,7 +187,7 @@ class Bench:
 
 def run_ahead(items: list[pytest.Item], folder: Path) -> Bench:
     """Start all the module's cases that were asked for; each test waits for its own."""
-    made = Bench(folder)
+    made = Bench(folder, 2 if all(item.path == Path(__file__) for item in items) else 1)
     params = [item.callspec.params for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     made.start([(p["command"], p["case"]) for p in params if isinstance(p.get("case"), Case)])
     return made
