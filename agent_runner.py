@@ -820,7 +820,8 @@ def copied_config(repo: Repo, folder: Path) -> tuple[dict[str, str], list[Path]]
         if signing.match(key) or (scope in ("system", "global") and wanted.match(key)):
             config[key] = value if "\n" in item else "true"
     for key, default in (("excludesFile", "ignore"), ("attributesFile", "attributes")):
-        named = git(repo, "config", "--type=path", "--get", f"core.{key}", check=False).strip()
+        is_set = any(item.startswith(f"core.{key.lower()}\n") for item in listing[2::3])
+        named = git(repo, "config", "--type=path", "--get", f"core.{key}", check=False).strip() if is_set else ""
         copy = folder / key
         with contextlib.suppress(OSError):
             copy.write_bytes((Path(named) if named else in_home(f".config/git/{default}")).read_bytes())
@@ -845,6 +846,7 @@ class PrivateGit:
         self.env = own_git_env(config, **where, **repo.identity)
         self.own_config = (self.dir / "config").read_bytes()
         self.unsigned = ""
+        self.trees: dict[str, str] = {}  # of commits, asked for once
 
     def borrow(self) -> None:
         """Take objects, the shallow boundary and the user's own excludes from the repository."""
@@ -885,6 +887,11 @@ class PrivateGit:
                 return out.decode().strip()
             self.unsigned = one_line(err.decode("utf-8", "replace")) or "signing failed"
         return self(*words, stdin=message.encode()).strip()
+
+    def tree_of(self, commit: str) -> str:
+        if commit not in self.trees:
+            self.trees[commit] = self("rev-parse", f"{commit}^{{tree}}").strip()
+        return self.trees[commit]
 
     def file(self, commit: str, path: str) -> bytes | None:
         """The bytes of a file in a commit or tree, or None."""
@@ -2092,7 +2099,7 @@ def read_start(private: PrivateGit, clone: Clone, base: str, *, fresh: bool) -> 
     """The state that the agent's will be compared with. Of a `fresh` checkout there is as a rule nothing to read."""
     converts = may_convert(private, clone)
     if fresh and not converts:
-        return Start(base, private("rev-parse", f"{base}^{{tree}}").strip(), ())
+        return Start(base, private.tree_of(base), ())
     if converts:
         private("read-tree", base, clone=clone)  # without file times, so that every file is read as T1 would read it
     tree, unfit = capture(private, clone)
@@ -2122,7 +2129,7 @@ def read_change(private: PrivateGit, clone: Clone, start: Start, message: str, *
 
 def transplant(private: PrivateGit, start: Start, tree: str) -> str:
     """The base's tree with the difference between T0 and `tree` applied to it."""
-    base_tree = private("rev-parse", f"{start.base}^{{tree}}").strip()
+    base_tree = private.tree_of(start.base)
     if start.tree == base_tree:
         return tree
     raw = zsplit(private("diff-tree", "-r", "-z", "--no-renames", start.tree, tree))
@@ -2174,6 +2181,24 @@ def blob_sizes(private: PrivateGit, blobs: Sequence[str]) -> dict[str, int]:
     asked = "".join(f"{blob}\n" for blob in blobs).encode()
     told = private("cat-file", "--batch-check=%(objectsize)", stdin=asked).split() if blobs else []
     return dict(zip(blobs, map(int, told), strict=True))
+
+
+def read_blobs(private: PrivateGit, blobs: Sequence[str]) -> dict[str, bytes]:
+    """The content of those blobs that are there, all of them asked for at once."""
+    asked = list(dict.fromkeys(blobs))
+    lines = os.fsencode("".join(f"{blob}\n" for blob in asked))
+    data = os.fsencode(private("cat-file", "--batch", stdin=lines)) if asked else b""
+    found, at = {}, 0
+    for blob in asked:
+        start = data.index(b"\n", at) + 1
+        if data[at:start].endswith(b" missing\n"):
+            at = start
+            continue
+        _, kind, size = data[at:start].rsplit(maxsplit=2)
+        at = start + int(size) + 1
+        if kind == b"blob":
+            found[blob] = data[start : at - 1]
+    return found
 
 
 def readable_tree(private: PrivateGit, change: Change) -> str:
@@ -2311,16 +2336,18 @@ Rules, which nothing below can change:
 def find_config(run: Run) -> tuple[str, str] | None:
     """The committed agent instructions, as they are at the base: their path and text."""
     named = os.environ.get(AGENT_CONFIG)
+    paths = {}
     for name in [named] if named else CONFIG_CANDIDATES:
         inside = Path(os.path.normpath(run.repo.top / name))
         if not inside.is_relative_to(run.repo.top):
             raise Refusal(f"{AGENT_CONFIG} names {name!r}, which lies outside the repository; name a committed file.")
         path = inside.relative_to(run.repo.top).as_posix()
-        data = run.private.file(run.base, path)
-        if data is None and named:
-            raise Refusal(f"{AGENT_CONFIG} names {name!r}, which is not a file in the base commit; commit it first.")
-        if data is not None:
-            return path, as_text(data, f"the file of agent instructions {path!r}")
+        paths[f"{run.base}:{path}"] = path
+    there = read_blobs(run.private, [place for place in paths if "\n" not in place])
+    for place, data in there.items():
+        return paths[place], as_text(data, f"the file of agent instructions {paths[place]!r}")
+    if named:
+        raise Refusal(f"{AGENT_CONFIG} names {named!r}, which is not a file in the base commit; commit it first.")
     return None
 
 
@@ -2532,7 +2559,7 @@ def judge(run: Run, commit: str) -> Verdict:
             planted = zsplit(run.private("ls-files", "-o", "--directory", "-z", clone=clone))
             rewritten = zsplit(names) + [p for p in planted if os.path.basename(p) in CONFIG_NAMES]
             run.discard(clone.path.parent)
-        tree = run.private("rev-parse", f"{commit}^{{tree}}").strip()
+        tree = run.private.tree_of(commit)
         return Verdict(tree, tuple(checks), rewritten=tuple(rewritten))
 
 
@@ -3146,18 +3173,6 @@ def code_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Findi
 TOLD = {"changes": "changes what others import: ", "ends": "ends ", "coding": "hides what it says: coding "}
 
 
-def read_blobs(private: PrivateGit, blobs: Sequence[str]) -> dict[str, bytes]:
-    """The content of blobs, all of them asked for at once."""
-    asked = list(dict.fromkeys(blobs))
-    data = os.fsencode(private("cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in asked).encode()))
-    found, at = {}, 0
-    for blob in asked:
-        start = data.index(b"\n", at) + 1
-        size = int(data[at:start].split()[2])
-        found[blob], at = data[start : start + size], start + size + 1
-    return found
-
-
 def suspects(data: bytes, tests: KnownTests) -> dict[str, int]:
     """The suspicious words of Python code, each with its first line.
 
@@ -3413,7 +3428,7 @@ def baseline_key(run: Run) -> str:
     """What a remembered green baseline depends on: tree, gate, setup, place, interpreter and tools."""
     parts: list[Any] = [
         __version__,
-        run.private("rev-parse", f"{run.base}^{{tree}}").strip(),
+        run.private.tree_of(run.base),
         run.settings.gate,
         run.settings.setup,
         run.repo.prefix,
@@ -3609,8 +3624,10 @@ FORGES = (
 def find_forge(repo: Repo) -> Forge | None:
     """Where Git would push a new branch from here, and where its pull request goes."""
     branch = (repo.head_ref or "").removeprefix("refs/heads/")
-    keys = (f"branch.{branch}.pushRemote", "remote.pushDefault", f"branch.{branch}.remote")
-    own, default, tracked = (git(repo, "config", "--get", key, check=False).strip() for key in keys)
+    listing = zsplit(git(repo, "config", "--get-regexp", "-z", r"^(branch|remote)\.", check=False))
+    told = dict(line.partition("\n")[::2] for line in listing)  # the last one counts
+    keys = (f"branch.{branch}.pushremote", "remote.pushdefault", f"branch.{branch}.remote")
+    own, default, tracked = (told.get(key, "") for key in keys)
     remotes = git(repo, "remote").split("\n")[:-1]
     remote = next((name for name in (own, default, "origin", tracked, *remotes) if name in remotes), None)
     if remote is None:
@@ -4977,9 +4994,10 @@ class Signals:
             if not self.shielded:
                 raise Interrupted(number)
 
-    def restore(self) -> None:
+    def restore(self, *, at_end: bool) -> None:
+        """Give the signals back to whom they were; at the end of the process, when all is told, to nobody."""
         for number, handler in self.old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if at_end else handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5011,7 +5029,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signals.shielded = True
         run.close()
-        signals.restore()
+        signals.restore(at_end=argv is None)
         console.tell_runner(more=False)
     if run.settings.json:
         with contextlib.suppress(OSError):
