@@ -2734,6 +2734,7 @@ def inspect_change(run: Run, change: Change) -> tuple[Finding, ...]:
     first_line = {hunk.path: hunk.line for hunk in reversed(hunks) if hunk.added}
     findings = [
         *(f._replace(line=first_line.get(f.path)) for f in path_findings(run, change, tests)),
+        *(f._replace(line=first_line.get(f.path)) for file in change.files for f in kind_findings(run, change, file)),
         *name_findings(run, change),
         *hiding_findings(run, hunks),
         *line_findings(run, change, hunks, tests),
@@ -2775,7 +2776,7 @@ HOW = {"D": "deleted", "R": "moved", "T": "replaced by a link"}
 
 
 def path_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Finding]:
-    """Findings that the changed files' names, kinds and settings give."""
+    """Findings that the changed files' names and settings give."""
     read_by_gate, support = gate_files(run), test_support(run, change, tests)
     for file in change.files:
         for path in dict.fromkeys((file.old_path, file.path)):
@@ -2786,33 +2787,40 @@ def path_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Findi
                 yield Finding("judge-changed", path, None, "rejects", reason)
             elif path == file.old_path and file.status not in "AC" and (tests.hold(path) or path in support):
                 how = HOW.get(file.status, "changed") + (f" to {one_line(file.path)}" if file.status == "R" else "")
-                yield Finding(
-                    "test-changed", path, None, "first", f"an existing test was {how}: it judges, so look at it"
-                )
-        if file.status in "ARC" and UNREAD_BY_LINTER.search(file.path):
-            yield Finding("hidden-code", file.path, None, "first", "code in a folder that linters leave out")
-        if file.status == "R" and CODE.search(file.old_path) and not CODE.search(file.path):
-            yield Finding("hidden-code", file.path, None, "first", "code under a name that linters leave out")
-        if file.mode == "120000" and PYTHON.search(file.path):
-            yield Finding(
-                "hidden-code", file.path, None, "first", "a link with the name of code, which nothing here reads"
-            )
-        if file.status in "AMR" and re.search(r"\.(zip|egg|whl|pyz)$", file.path):
-            yield Finding("hidden-code", file.path, None, "first", "an archive, from which Python can import")
-        if file.status in "AR" and file.path.endswith(".pyi") and f"{file.path[:-1]}" in base_files(run):
-            yield Finding("hidden-code", file.path, None, "first", "a type checker reads it in place of the code")
-        if file.mode == "120000":
-            target = os.fsdecode(run.private.file(change.tree, file.path) or b"")
-            if leaves_repository(file.path, target):
-                yield Finding(
-                    "symlink", file.path, None, "rejects", f"a link that leaves the repository: {one_line(target)}"
-                )
-        if file.mode == "160000" and file.status != "D":
-            yield Finding("nested", file.path, None, "rejects", NESTED)
-        elif file.binary:
-            yield Finding("binary", file.path, None, "shown", "a binary file, which no one can review")
-        if file.mode != file.old_mode and file.status not in "AD":
-            yield Finding("mode", file.path, None, "shown", f"its mode changed from {file.old_mode} to {file.mode}")
+                why = f"an existing test was {how}: it judges, so look at it"
+                yield Finding("test-changed", path, None, "first", why)
+
+
+def kind_findings(run: Run, change: Change, file: FileChange) -> Iterator[Finding]:
+    """Findings that the kind of a changed file gives: code that nobody reads, links, repositories, binaries, modes."""
+    path, is_new, is_link = file.path, file.status in "ARC", file.mode == "120000"
+    target = os.fsdecode(run.private.file(change.tree, path) or b"") if is_link else ""
+    unread = is_new and bool(UNREAD_BY_LINTER.search(path))
+    renamed = file.status == "R" and bool(CODE.search(file.old_path)) and not CODE.search(path)
+    archive = file.status in "AMR" and bool(re.search(r"\.(zip|egg|whl|pyz)$", path))
+    stub = is_new and path.endswith(".pyi") and path[:-1] in base_files(run)
+    nested = file.mode == "160000" and file.status != "D"
+    changed_mode = file.mode != file.old_mode and file.status not in "AD"
+    for counts, kind, severity, detail in (
+        (unread, "hidden-code", "first", "code in a folder that linters leave out"),
+        (renamed, "hidden-code", "first", "code under a name that linters leave out"),
+        (is_link and PYTHON.search(path), "hidden-code", "first", "a link with the name of code, which nothing reads"),
+        (archive, "hidden-code", "first", "an archive, from which Python can import"),
+        (stub, "hidden-code", "first", "a type checker reads it in place of the code"),
+        (
+            leaves_repository(path, target),
+            "symlink",
+            "rejects",
+            f"a link that leaves the repository: {one_line(target)}",
+        ),
+        (nested, "nested", "rejects", NESTED),
+        (file.binary and not nested, "binary", "shown", "a binary file, which no one can review"),
+        (changed_mode, "mode", "shown", f"its mode changed from {file.old_mode} to {file.mode}"),
+        (file.size > READ_LIMIT, "large", "first", f"a file of {size_text(file.size)}, too large to be searched"),
+        (5_000_000 < file.size <= READ_LIMIT, "large", "shown", f"a file of {size_text(file.size)}"),
+    ):
+        if counts:
+            yield Finding(kind, path, None, severity, detail)
 
 
 def judge_reason(run: Run, file: FileChange, path: str, read_by_gate: set[str]) -> str:
@@ -3078,7 +3086,7 @@ def leaves_repository(path: str, target: str) -> bool:
 
 
 def name_findings(run: Run, change: Change) -> Iterator[Finding]:
-    """Names that another system cannot check out, and files too large to review."""
+    """Names that another system cannot check out."""
     new = [file.path for file in change.files if file.status in "ARC"]
     places = {place for path in new for place in (path, *parents_of(path))}
     folders = sorted({f"{os.path.dirname(place)}/" for place in places} - {"/"})
@@ -3094,12 +3102,6 @@ def name_findings(run: Run, change: Change) -> Iterator[Finding]:
                 break
         if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", path):
             yield Finding("path", path, None, "rejects", "a name that cannot be checked out elsewhere")
-    for file in change.files:
-        if file.size > READ_LIMIT:
-            told = f"a file of {size_text(file.size)}, too large to be searched"
-            yield Finding("large", file.path, None, "first", told)
-        elif file.size > 5_000_000:
-            yield Finding("large", file.path, None, "shown", f"a file of {size_text(file.size)}")
 
 
 def hiding_findings(run: Run, hunks: list[Hunk]) -> Iterator[Finding]:
@@ -4641,7 +4643,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
         "--allow", action="append", default=[], metavar="PATTERN", help="a protected path that may change"
     )
     gate.add_argument("--strict", action="store_true", help="what is only shown first rejects, too")
-    gate.add_argument("--no-baseline", action="store_true", help="do not judge the base")
+    gate.add_argument("--no-baseline", action="store_false", dest="baseline", help="do not judge the base")
     place = command.add_argument_group("place")
     place.add_argument("--base", metavar="REF", help="the commit to start from (default HEAD)")
     place.add_argument("--setup", action="append", default=[], metavar="CMD", help="prepare each clone; repeatable")
@@ -4651,7 +4653,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
         help="the kernel level: auto, off, require",
     )  # fmt: skip
     place.add_argument("--writable", action="append", default=[], metavar="PATH", help="a folder the agent may write")
-    place.add_argument("--no-switch", action="store_true", help="do not switch to the new branch")
+    place.add_argument("--no-switch", action="store_false", dest="switch", help="do not switch to the new branch")
     output = command.add_argument_group("output")
     output.add_argument("--dry-run", action="store_true", help="print the plan and the brief, touch nothing")
     output.add_argument("--json", action="store_true", help="the report on stdout, everything else on stderr")
@@ -4659,28 +4661,9 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def parse_settings(argv: Sequence[str] | None) -> Settings:
-    args = build_parser().parse_args(argv)
-    return Settings(
-        command=args.command,
-        issue=getattr(args, "issue", None),
-        simulate=args.simulate,
-        attempts=args.attempts,
-        gate=tuple(args.gate) if args.gate else DEFAULT_GATE,
-        agent_timeout=args.agent_timeout,
-        gate_timeout=args.gate_timeout,
-        base=args.base,
-        setup=tuple(args.setup),
-        carry=tuple(args.carry),
-        sandbox=args.sandbox,
-        writable=tuple(args.writable),
-        allow=tuple(args.allow),
-        strict=args.strict,
-        keep_env=tuple(args.keep_env),
-        baseline=not args.no_baseline,
-        switch=not args.no_switch,
-        dry_run=args.dry_run,
-        json=args.json,
-    )
+    given = vars(build_parser().parse_args(argv)).items()
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given if v is not None}
+    return Settings(**values)
 
 
 def check_agent(run: Run) -> None:
