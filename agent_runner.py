@@ -65,6 +65,7 @@ ISSUE_LIMIT = 1 << 20  # bytes
 KEPT_BYTES = 1 << 16  # of an output, at its head and again at its tail
 HUGE = 1_000_000_000  # bytes; no forge takes a file of that size, and Git would read it for minutes
 READ_LIMIT = 20_000_000  # bytes of one changed file; a larger one is shown, not read
+PARSE_LIMIT = 2_000_000  # bytes of one Python file; Python's parser takes a second for each million
 SHOWN_LINES = 200  # of an agent's output, before only the record gets it
 BRIEF_LINES = 60  # of a failed command's output in a brief, head and tail together
 OWN_LIMIT = 600.0  # seconds for one Git command of our own
@@ -2640,7 +2641,8 @@ TEST_PATH = re.compile(
 )
 JUDGE_PATH = re.compile(
     r"(^|/)(conftest\.py|\.?(pytest|tox)\.(ini|toml)|\.?ruff\.toml|\.coveragerc|\.flake8|\.?mypy\.ini|\.?pylintrc"
-    r"|noxfile\.py|tasks\.py|dodo\.py|Taskfile\.ya?ml|\.npmrc|\.isort\.cfg|tsconfig\.json|vite\.config\.[^/]*|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
+    r"|noxfile\.py|Taskfile\.ya?ml|\.npmrc|\.isort\.cfg|tsconfig\.json|vite\.config\.[^/]*"
+    r"|\.pre-commit-config\.yaml|(jest|vitest|karma|playwright|cypress)\.(config|conf)\.[^/]*|\.mocharc[^/]*"
     r"|\.eslint(rc[^/]*|ignore)|eslint\.config\.[^/]*|biome\.jsonc?|\.rspec|phpunit\.xml[^/]*|\.golangci\.ya?ml"
     r"|\.gitattributes|\.gitmodules|\.ignore|pyvenv\.cfg|pyrightconfig\.json|CODEOWNERS|\.envrc"
     r"|\.python-version|\.tool-versions|\.?mise\.toml"
@@ -2685,6 +2687,7 @@ SUSPECT = re.compile(  # what code can only want of the process that judges it, 
     r"|text (?s:.*)(?i:pytest|junit|unittest|agent_runner|/proc/self|_exit\b|__builtins__|f_back|tb_frame)(?s:.*)"
 )
 PYTHON = re.compile(r"\.py[iw]?$")
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what Python's parser makes of hostile code
 CODE = re.compile(r"\.(pyi?w?|[cm]?[jt]sx?)$")
 PROSE = re.compile(r"\.(md|rst|txt|adoc)$")
 UNREAD_BY_LINTER = re.compile(  # folders that ruff leaves out by default
@@ -2942,7 +2945,7 @@ def lost_examples(run: Run, file: FileChange) -> bool:
 
     try:
         return bool(examples(file.old_blob) - examples(file.blob))
-    except (SyntaxError, ValueError):
+    except UNREADABLE:
         return True
 
 
@@ -3151,8 +3154,12 @@ def new_secrets(run: Run, change: Change, hunks: list[Hunk]) -> set[str]:
 
 def code_findings(run: Run, change: Change, tests: KnownTests) -> Iterator[Finding]:
     """What the change brings into Python code that knows, ends or changes the process that runs it."""
-    files = [f for f in change.files if PYTHON.search(f.path) and not tests.hold(f.path) and f.size <= READ_LIMIT]
+    files = [f for f in change.files if PYTHON.search(f.path) and not tests.hold(f.path)]
     files = [f for f in files if "160000" not in (f.mode, f.old_mode)]
+    for file in (f for f in files if f.size > PARSE_LIMIT):
+        told = f"{size_text(file.size)} of code, too much to be looked into"
+        yield Finding("runner-aware", file.path, None, "first", told)
+    files = [f for f in files if f.size <= PARSE_LIMIT]
     blobs = read_blobs(run.private, [blob for f in files for blob in (f.old_blob, f.blob) if blob.strip("0")])
     was = {f.path: b"" if tests.hold(f.old_path) else blobs.get(f.old_blob, b"") for f in files}
     known = {path: suspects(data, tests).keys() for path, data in was.items()}
@@ -3186,7 +3193,7 @@ def suspects(data: bytes, tests: KnownTests) -> dict[str, int]:
     try:
         tree = ast.parse(data)
         coding = tokenize.detect_encoding(iter(data.splitlines(keepends=True)).__next__)[0]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except UNREADABLE as error:
         return {f"coding that this Python cannot read ({error})": 1}
     nodes = list(ast.walk(tree))
     names = imported_names(nodes)
@@ -3265,7 +3272,7 @@ def ends_at_import(body: list[Any], names: dict[str, str]) -> Iterator[int]:
     todo = list(body)
     while todo:
         node = todo.pop()
-        if isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
+        if isinstance(node, ast.If) and any(getattr(part, "id", "") == "__name__" for part in ast.walk(node.test)):
             todo += node.orelse
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             called = getattr(node, "exc", None) if isinstance(node, ast.Raise) else node
@@ -3331,9 +3338,9 @@ def without_new_tests(run: Run, change: Change, verdict: Verdict) -> tuple[Check
     if lost:
         reason = f"only beside the new test files do these pass: {'; '.join(lost[:20])}"
         return Check("tests of the base alone", "", False, reason), ()
-    red = [
-        again for check, again in zip(verdict.checks, alone.checks, strict=False) if not (check.tests or again.passed)
-    ]
+    pairs = list(zip(verdict.checks, alone.checks, strict=False))
+    red = [again for check, again in pairs if not (check.tests or again.passed)]
+    red += alone.checks[-1:] if len(pairs) < len(verdict.checks) else ()  # its setup failed
     why = "passes only beside this new test file: " + "; ".join(again.command for again in red)
     findings = tuple(Finding("leans-on-new", f.path, None, "first", why) for f in added if red)
     return None, tuple(settle(run.settings, finding) for finding in findings)
@@ -3387,7 +3394,7 @@ def does_something(data: bytes) -> bool:
     try:
         parts = [part.value if isinstance(part, ast.Expr) else None for part in ast.parse(data).body]
         return not all(isinstance(part, ast.Constant) for part in parts)
-    except (ValueError, SyntaxError):
+    except UNREADABLE:
         return True
 
 

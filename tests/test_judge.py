@@ -533,6 +533,15 @@ DIFF = {
         "add('calc.py', 'from _\\uff50ytest import runner\\n')",
         "calc.py:3: code that knows the test runner: _pytest.runner",
     ),
+    "code_that_no_parser_gets_through": (
+        "put('deep.py', 'x = ' + '-' * 20000 + '1\\n')",
+        "deep.py:1: code that hides what it says",
+    ),
+    "code_nested_as_deep_as_can_be": (
+        "put('deep.py', 'if a' + '.b' * 900 + ':\\n    import pytest\\n')",
+        "deep.py:2: code that knows the test runner",
+    ),
+    "code_too_long_to_be_looked_into": ("put('long.py', 'x = 1\\n' * 400_000)", "long.py: 2.4 MB of code, too much"),
     "code_behind_a_link": (
         "put('notes.md', 'import pytest\\n'); P('helper.py').symlink_to('notes.md')",
         "helper.py:1: a link with the name of code",
