@@ -1453,7 +1453,7 @@ def work_trees(repo: Repo) -> dict[Path, str]:
     found = re.findall(r"^worktree (.+)\n(?:bare\n|HEAD .*\n(?:branch (.*)\n)?)", listing, re.MULTILINE)
     if repo.common_dir:  # where a submodule lies, its own list does not tell
         told = git(repo, "config", "--type=path", "--get", "core.worktree", GIT_DIR=str(repo.common_dir), check=False)
-        found += [(os.path.normpath(repo.common_dir / told.strip()), "")] if told.strip() else []
+        found += [(str((repo.common_dir / told.strip()).resolve()), "")] if told.strip() else []
     return {Path(path): branch for path, branch in found if Path(path) != repo.top}
 
 
