@@ -1058,7 +1058,7 @@ echo "agent_runner: branches, tags and stashes of this repository are not change
 exit 1
 """
 SHIM = """#!/bin/sh
-echo "agent_runner: {name} is withheld during a run. {rule}" >&2
+echo "agent_runner: ${{0##*/}} is withheld during a run. {rule}" >&2
 exit 1
 """
 
@@ -1115,12 +1115,12 @@ def write_guard(folder: Path, repo: Repo, addresses: Iterable[str], *, kernel: b
     for made in (hooks, shims, folder / "empty"):
         made.mkdir(parents=True)
     (folder / "nothing").touch()
-    scripts = {hooks / "reference-transaction": HOOK.format(rule=RULE)}
-    for name in ("gh", "glab", "tea", "ssh-refused"):
-        scripts[shims / name] = SHIM.format(name=name, rule=RULE)
-    for path, text in scripts.items():
-        path.write_text(text, "utf-8", newline="\n")
+    scripts = ((hooks / "reference-transaction", HOOK), (shims / "ssh-refused", SHIM))
+    for path, text in scripts:
+        path.write_text(text.format(rule=RULE), "utf-8", newline="\n")
         path.chmod(0o755)
+    for name in ("gh", "glab", "tea"):
+        os.link(shims / "ssh-refused", shims / name)
     config = {"credential.helper": "", "core.askPass": str(shims / "ssh-refused")}
     for address in sorted(set(addresses)):
         nowhere = f"url.file:///refused-by-agent_runner/{hashlib.sha256(address.encode()).hexdigest()[:8]}/"
@@ -1451,7 +1451,7 @@ def work_trees(repo: Repo) -> dict[Path, str]:
     """The other work trees of the same repository, and the branch that each has checked out."""
     listing = git(repo, "worktree", "list", "--porcelain") if repo.common_dir else ""
     found = re.findall(r"^worktree (.+)\n(?:bare\n|HEAD .*\n(?:branch (.*)\n)?)", listing, re.MULTILINE)
-    if repo.common_dir:  # where a submodule lies, its own list does not tell
+    if repo.common_dir and found and not Path(found[0][0], ".git").exists():  # where a submodule lies, no list tells
         told = git(repo, "config", "--type=path", "--get", "core.worktree", GIT_DIR=str(repo.common_dir), check=False)
         found += [(str((repo.common_dir / told.strip()).resolve()), "")] if told.strip() else []
     return {Path(path): branch for path, branch in found if Path(path) != repo.top}
@@ -1512,8 +1512,8 @@ def lend_objects(run: Run) -> list[str]:
     return args
 
 
-def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
-    """bubblewrap's arguments: the machine read-only, the clone at the repository's path. Later ones win."""
+def machine_args(run: Run, *, gate: bool) -> list[str]:
+    """bubblewrap's arguments that are the same for each clone: the machine read-only, HOME free, logins hidden."""
     home, free, others = home_folder().resolve(), free_folders(), other_checkouts(run)
     settings = (home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff"), *run.private.users_files)
     given = () if gate else (Path(os.path.abspath(os.path.expanduser(path))) for path in run.settings.writable)
@@ -1527,9 +1527,18 @@ def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
         *(word for path in others for word in ("--tmpfs", str(path))),
         *mounts("ro-bind", (f for f in run.ground.folders if any(path in f.parents for path in others))),
         *("--tmpfs", str(run.folder.parent)),
+        *lend_objects(run),
+    ]
+
+
+def sandbox_args(run: Run, clone: Clone, tmp: Path, *, gate: bool) -> list[str]:
+    """All of bubblewrap's arguments, with the clone at the repository's path. Later ones win."""
+    if gate not in run.machine:
+        run.machine[gate] = machine_args(run, gate=gate)
+    return [
+        *run.machine[gate],
         *mounts("ro-bind", (run.folder / "guard", run.record_brief)),
         *mounts("bind", [tmp]),
-        *lend_objects(run),
         *("--bind", str(clone.path), str(run.repo.top)),
         *mounts("ro-bind", run.ground.borrowed),
     ]
@@ -1820,6 +1829,7 @@ class Run:
         self.moved: list[Moved] = []
         self.ground = Ground((), ())
         self.ground_before: dict[str, str] = {}
+        self.machine: dict[bool, list[str]] = {}  # the sandbox's arguments, for the gate and for others
         self.before: Snapshot | None = None
         self.judged = ""
         self.known: set[str] = set()
@@ -2861,7 +2871,8 @@ def shadow_reason(run: Run, change: Change, path: str, tests: KnownTests) -> str
     if folder not in ("", run.repo.prefix) and run.private.file(change.tree, inside) is not None:
         return ""  # inside a package it has another name
     is_own, now = module in base_modules(run), {f.old_path for f in change.files if f.status in "DR"}
-    if is_importable(run, folder, tests) and (module in SHADOWED or (module in installed_names(run) and not is_own)):
+    is_taken = module in SHADOWED or (module in installed_names(run) and not is_own)
+    if is_taken and is_importable(run, folder, tests):
         return f"bears the name of a module that Python's tools or the code import ({module})"
     others = [
         p for p in base_files(run) if re.search(rf"(^|/){re.escape(module)}(/__init__)?\.py$", p) and p not in now
@@ -2874,7 +2885,8 @@ def shadow_reason(run: Run, change: Change, path: str, tests: KnownTests) -> str
 def is_importable(run: Run, folder: str, tests: KnownTests) -> bool:
     """May modules in this folder be imported by their bare names, ahead of Python's own?"""
     search = re.compile(rb"^\s*python_?path\s*=(.*)", re.MULTILINE | re.IGNORECASE)
-    texts = (run.private.file(run.base, name) or b"" for name in (*SECTION_FILES, "pytest.ini", "pytest.toml"))
+    settings = (*SECTION_FILES, "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml")
+    texts = read_blobs(run.private, [f"{run.base}:{name}" for name in settings]).values()
     named = {
         word for text in texts for line in search.findall(text) for word in re.findall(r"[\w./-]+", os.fsdecode(line))
     }
