@@ -3021,6 +3021,7 @@ def gate_files(run: Run) -> set[str]:
     words = {word for command in commands for word in with_inner_words(command)}
     read = {name for word in words for name in READ_BY_TOOL.get(os.path.basename(word), ())}
     names = {name for command in commands for name in names_read(command)} | read
+    names -= {command[0] for command in commands if "/" not in command[0]}  # found on PATH
     if read:
         names |= {os.path.join(run.repo.top, path) for path in base_files(run) if os.path.basename(path) in read}
     found: set[str] = set()
@@ -3330,13 +3331,16 @@ def prove(run: Run, change: Change, verdict: Verdict) -> Proof:
     return Proof(mended | new_on_old, old_on_new)
 
 
-def without_new_tests(run: Run, change: Change, verdict: Verdict) -> tuple[Check | None, tuple[Finding, ...]]:
+def without_new_tests(
+    run: Run, change: Change, verdict: Verdict, *, repair: bool
+) -> tuple[Check | None, tuple[Finding, ...]]:
     """Judge the change once more without the test files that it adds: nothing of the base may lean on those.
 
     A test that passes only beside them is a red check. Of a command that leaves no report, it is shown first.
+    Outside a repair the time is not spent on files that hold nothing but plain tests.
     """
-    added = new_tests(run, change, verdict)
-    if not added or not run.repo.common_dir:
+    added = new_tests(run, change, verdict) if run.repo.common_dir else {}
+    if not added or not (repair or any(not is_plain_test(data) for data in added.values())):
         return None, ()
     tree = build_tree(run.private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in added))
     alone = judge(run, run.private.commit(tree, run.base, "Without the new tests"))
@@ -3368,7 +3372,7 @@ def count_functions(names: Iterable[str]) -> Counter[str]:
     return Counter(name.partition("[")[0] for name in names)
 
 
-def new_tests(run: Run, change: Change, verdict: Verdict) -> list[FileChange]:
+def new_tests(run: Run, change: Change, verdict: Verdict) -> dict[FileChange, bytes]:
     """The test modules that the change adds, and the package files among tests; those that do something."""
     known = known_tests(run.baseline)
     ran = known_tests(verdict).files - known.files
@@ -3386,7 +3390,7 @@ def new_tests(run: Run, change: Change, verdict: Verdict) -> list[FileChange]:
 
     new = [f for f in new if is_test(f.path)]
     blobs = read_blobs(run.private, [f.blob for f in new])
-    return [f for f in new if does_something(blobs[f.blob])]
+    return {f: blobs[f.blob] for f in new if does_something(blobs[f.blob])}
 
 
 def is_test_module(path: str) -> bool:
@@ -3408,6 +3412,58 @@ def does_something(data: bytes) -> bool:
         return not all(isinstance(part, ast.Constant) for part in parts)
     except UNREADABLE:
         return True
+
+
+def is_plain_test(data: bytes) -> bool:
+    """Does a new test module only import, define tests, call and compare? Then it changes nothing for the others.
+
+    But for what the code's own functions keep to themselves, which any test may change.
+    """
+    import ast
+
+    try:
+        tree = ast.parse(data)
+    except UNREADABLE:
+        return False
+    simple = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    if not all(isinstance(part, simple) or isinstance(getattr(part, "value", 0), ast.Constant) for part in tree.body):
+        return False
+    for part in (part for top in tree.body for part in run_at_import(top)):
+        called = [node for node in ast.walk(part) if isinstance(node, ast.Call)]
+        if not all(root_name(node) in HARMLESS_ROOTS for node in called):
+            return False
+    for node in ast.walk(tree):
+        decorators = getattr(node, "decorator_list", [])
+        name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", getattr(node, "arg", "")))) or ""
+        is_stored = isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load)
+        if is_stored or REACHING.match(name) or not all(root_name(one) in HARMLESS_ROOTS for one in decorators):
+            return False
+    return True
+
+
+def run_at_import(top: Any) -> list[Any]:
+    """What of a statement runs when its module is imported: all of it, but for the bodies of functions."""
+    if not hasattr(top, "decorator_list"):
+        return [top]
+    own: list[Any] = [*top.decorator_list, *getattr(top, "bases", []), *getattr(top, "keywords", [])]
+    if hasattr(top, "args"):
+        return [*own, *top.args.defaults, *(value for value in top.args.kw_defaults if value)]
+    return own + [part for inner in top.body for part in run_at_import(inner)]
+
+
+def root_name(node: Any) -> str:
+    """The name at the root of a call, an attribute or an item."""
+    while not hasattr(node, "id") and (inner := getattr(node, "func", getattr(node, "value", None))) is not None:
+        node = inner
+    return getattr(node, "id", "")
+
+
+HARMLESS_ROOTS = ("pytest", "unittest", "property", "staticmethod", "classmethod")
+REACHING = re.compile(  # names by which a test changes what others see
+    r"(setattr|delattr|vars|globals|locals|exec|eval|compile|__\w+|reload|import_module|modules|meta_path|environ|putenv"
+    r"|chdir|patch|register|autouse|scope|metaclass|pytest_\w+|_pytest|config|pluginmanager|gc|ctypes|builtins|sys"
+    r"|update|clear|pop|popitem|append|extend|insert|remove|add|discard|setdefault|sort|reverse)$"
+)
 
 
 def passed_tests(verdict: Verdict | None) -> set[str]:
@@ -4397,7 +4453,7 @@ def with_base_tests(run: Run, change: Change, verdict: Verdict, *, repair: bool)
         again = steady(before, judge(run, run.base))
         hard = [one for one in hard if one in lost_tests(again, verdict, moved, repair=repair, may_skip=may_skip)]
     verdict = with_lost_tests(verdict, hard)
-    check, leaning = without_new_tests(run, change, verdict) if verdict.passed else (None, ())
+    check, leaning = without_new_tests(run, change, verdict, repair=repair) if verdict.passed else (None, ())
     if check:
         verdict = verdict._replace(checks=(*verdict.checks, check))
     weakened: dict[str, list[str]] = {}

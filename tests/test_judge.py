@@ -1173,3 +1173,55 @@ def test_pytest_is_recognised_where_it_is_what_runs(command: str, expected: str 
     if expected:
         found = " ".join(agent_runner.with_report(words, "R"))
         assert found.replace("--junitxml=R -o junit_family=xunit1", "REPORT") == expected
+
+
+PLAIN = {
+    "a_call_and_a_comparison": "from calc import f\n\n\ndef test_f():\n    assert f(5) == 10\n",
+    "parameters_and_errors": "import pytest\nfrom calc import f\n\n\n@pytest.mark.parametrize('x', [1, 2])\n"
+    "def test_f(x):\n    with pytest.raises(ValueError):\n        f(x)\n",
+    "a_class": "import unittest\n\nX = [1, 2]\n\n\nclass T(unittest.TestCase):\n    y: int = 3\n\n"
+    "    def test_f(self):\n        r = f(self.y)\n        self.assertEqual(r, 1)\n",
+    "the_demo": agent_runner.DEMO_TEST,
+}
+REACHING = """
+calc.f = 1
+def test(): calc.f = 1
+def test(): calc.f += 1
+def test(): del calc.f
+def test(): calc.CACHE[3] = 6
+def test(): (calc.f, y) = 1, 2
+def test(): m = calc; m.f = 1
+def test(self=calc): self.f = 1
+def test(): vars(calc)
+def test(): types.ModuleType.__setattr__(calc, "f", 1)
+def test(): calc.LIST.append(1)
+def test(x=calc.g()): pass
+def test(*, x=calc.g()): pass
+def test(monkeypatch): monkeypatch.setattr(calc, "f", 1)
+def pytest_runtest_call(): pass
+for calc.f in [1]: pass
+with open("x") as calc.f: pass
+X = calc.g()
+X = [calc.g() for i in [1]]
+calc.g()
+lambda: 0
+class A(calc.g()): pass
+class A(metaclass=calc.M): pass
+class A: y = calc.g()
+class A: calc.f = 1
+if True: pass
+mock.patch("calc.f").start()
+def broken(
+"""
+
+
+@pytest.mark.parametrize("text", PLAIN.values(), ids=PLAIN)
+def test_plain_tests_are_known_as_such(text: str) -> None:
+    assert agent_runner.is_plain_test(text.encode())
+
+
+@pytest.mark.parametrize(
+    "line", [*REACHING.strip().split("\n"), "@calc.g\ndef test(): pass", "class A:\n @calc.g\n def t(self): pass"]
+)
+def test_what_could_change_the_code_for_other_tests_is_no_plain_test(line: str) -> None:
+    assert not agent_runner.is_plain_test(f"import calc, types\nfrom unittest import mock\n{line}\n".encode())
