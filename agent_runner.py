@@ -2964,12 +2964,16 @@ def lost_examples(run: Run, file: FileChange) -> bool:
 def changed_sections(run: Run, file: FileChange, path: str) -> list[str]:
     """The sections of a settings file that decide a verdict and differ between base and change."""
     blobs = (file.old_blob if path == file.old_path else "", file.blob if path == file.path else "")
-    read = read_package if path.endswith(".json") else read_sections
-    old, new = (read(run.private("cat-file", "blob", blob) if blob.strip("0") else "") for blob in blobs)
+    old, new = (run.private("cat-file", "blob", blob) if blob.strip("0") else "" for blob in blobs)
+    if path.endswith(".json"):
+        return differing(read_package(old), read_package(new))
     tools = {f"tool.{os.path.basename(word)}" for words in run.gate for word in words} - MANAGERS
-    names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-    counts = {name for name in names if SECTIONS.search(name) or ".".join(name.split(".")[:2]) in tools}
-    return sorted(counts if read is read_sections else names)
+    names = differing(read_sections(old), read_sections(new))
+    return [name for name in names if SECTIONS.search(name) or ".".join(name.split(".")[:2]) in tools]
+
+
+def differing(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 MANAGERS = {f"tool.{name}" for name in ("uv", "poetry", "pdm", "hatch", "rye", "pixi")}  # they hold the dependencies

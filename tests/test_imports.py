@@ -313,6 +313,10 @@ class Planted(NamedTuple):
 def plant(repo: Repository, tmp_path: Path, home: Path, *, level: str, turns: str) -> Planted:
     environment = make_environment(tmp_path / "env")
     (environment.site / "old-1.dist-info").mkdir()
+    check = environment.path / "bin/check"  # red until the code is mended, and no more
+    text = "import pathlib, sys\nsys.exit('+' in pathlib.Path('calc.py').read_text())\n"
+    check.write_text(f"#!{environment.python}\n{text}", encoding="utf-8")
+    check.chmod(0o755)
     user = home / ".local/lib/python3.11/site-packages"
     for folder in (user, tmp_path / "bin"):
         folder.mkdir(parents=True)
@@ -324,13 +328,13 @@ def plant(repo: Repository, tmp_path: Path, home: Path, *, level: str, turns: st
         environment.site / "sitecustomize.py",
         environment.site / "old-1.dist-info/entry_points.txt",
         environment.site / "new-1.dist-info/entry_points.txt",
-        environment.path / "bin" / "pytest",
+        check,
         tmp_path / "bin" / "ruff",
         home / ".config/ruff/ruff.toml",
         above,
     ]
     words = [sys.executable, "-S", str(tmp_path / "plant.py"), str(tmp_path / "counter"), turns, *map(str, places)]
-    gate = ["--gate", f"{environment.path}/bin/pytest -q", "--gate", "ruff check calc.py"]
+    gate = ["--gate", str(check), "--gate", "ruff check calc.py"]
     options = ["self-heal", "--json", "--no-switch", "--sandbox", level, *gate]
     return Planted(shlex.join(words), options, places, above)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shlex
 import sys
 import textwrap
@@ -616,7 +618,8 @@ SPELLINGS = {
     "older_language_for_the_linter": PYPROJECT.replace(">=3.10", ">=3.14"),
     "source_of_a_tool": PYPROJECT + '\n[tool.uv.sources]\npytest = { path = "lib" }\n',
 }
-DIFF |= {f"toml_{k}": (f"put('pyproject.toml', {v!r})", "pyproject.toml:") for k, v in SPELLINGS.items()}
+MADE = ("dotted_key", "per_file_ignores", "section")  # runs are made of these; the others are only read
+DIFF |= {f"toml_{k}": (f"put('pyproject.toml', {SPELLINGS[k]!r})", "pyproject.toml:") for k in MADE[:2]}
 INI = SETTLED["setup.cfg"]
 INI_SPELLINGS = {
     "section": INI.replace("-ra", "-k two"),
@@ -625,7 +628,15 @@ INI_SPELLINGS = {
     "before_other_sections": "[flake8]\nexclude = calc.py\n\n" + INI,
     "deleted_section": INI.partition("[tool")[0],
 }
-DIFF |= {f"ini_{k}": (f"put('setup.cfg', {v!r})", "setup.cfg:") for k, v in INI_SPELLINGS.items()}
+DIFF |= {f"ini_{k}": (f"put('setup.cfg', {INI_SPELLINGS[k]!r})", "setup.cfg:") for k in MADE[2:]}
+# What is appended to the code, and where Python's parser must see it: of three of them runs are made.
+APPENDED = {
+    name: (ast.literal_eval(trick.removeprefix("add('calc.py', ").removesuffix(")")), int(says.split(":")[1]))
+    for name, (trick, says) in DIFF.items()
+    if name.startswith("code_") and re.fullmatch(r"add\('calc.py', '[^;]*'\)", trick) and re.match(r"calc.py:\d", says)
+}
+for name in list(APPENDED)[3:]:
+    del DIFF[name]
 INTEGRITY = {name: Case(f"mend()\n{trick}", says, SETTLED, CHECK) for name, (trick, says) in DIFF.items()}
 
 
@@ -633,6 +644,25 @@ INTEGRITY = {name: Case(f"mend()\n{trick}", says, SETTLED, CHECK) for name, (tri
 @table(INTEGRITY)
 def test_self_heal_proposes_nothing_that_touches_its_judge(bench: Bench, case: Case, command: str) -> None:
     assert case.says in bench.turn(command, case).reasons
+
+
+@pytest.mark.parametrize(("text", "line"), APPENDED.values(), ids=APPENDED)
+def test_code_that_knows_or_ends_its_judge_is_seen_by_the_parser(text: str, line: int) -> None:
+    no_tests = agent_runner.KnownTests(frozenset(), frozenset(), frozenset())
+    assert agent_runner.suspects(CALC.encode(), no_tests) == {}
+    assert set(agent_runner.suspects((CALC + text).encode(), no_tests).values()) == {line}
+
+
+SETTINGS = {f"toml_{k}": (PYPROJECT, v) for k, v in SPELLINGS.items()} | {
+    f"ini_{k}": (INI, v) for k, v in INI_SPELLINGS.items()
+}
+
+
+@pytest.mark.parametrize(("old", "new"), SETTINGS.values(), ids=SETTINGS)
+def test_every_spelling_of_a_setting_that_decides_is_seen(old: str, new: str) -> None:
+    names = agent_runner.differing(agent_runner.read_sections(old), agent_runner.read_sections(new))
+    assert [name for name in names if agent_runner.SECTIONS.search(name)]
+    assert not agent_runner.differing(agent_runner.read_sections(new), agent_runner.read_sections(new))
 
 
 RECIPE = "test:\n\tsh more.sh\n"
@@ -663,27 +693,18 @@ def test_what_a_recipe_of_the_gate_runs_is_the_judges(bench: Bench, case: Case, 
 REJECTED = (
     "conftest_changed",
     "pytest_ini",
-    "tox_ini",
-    "ruff_toml_in_a_folder",
     "ci_softened",
     "script_of_a_gate_script_softened",
-    "git_attributes",
     "agent_instructions",
-    "settings_moved_away",
     "module_named_pytest",
-    "sitecustomize",
     "planted_distribution",
-    "byte_code",
     "ignore_rule_hides_code_from_the_linter",
     "withheld_value",
-    "private_key",
     "token_format",
     "nested_repository",
     "link_that_leaves_the_repository",
     "name_that_differs_by_case",
     "toml_dotted_key",
-    "toml_per_file_ignores",
-    "ini_section",
 )
 ISSUE_REJECTED = {name: Case(DIFF[name][0], DIFF[name][1], SETTLED, CHECK) for name in REJECTED}
 
