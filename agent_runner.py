@@ -941,8 +941,16 @@ def remove_folder(path: Path) -> None:
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> Any:
-    """Hold a folder for as long as the answer is open, or we live; None when another living run holds it."""
-    handle = open(folder / "lock", "a")  # noqa: SIM115
+    """Hold a folder for as long as the answer is open, or we live; None when another living run holds it.
+
+    None as well when there is no such folder: a run that ends takes its own away.
+    """
+    try:
+        handle = open(folder / "lock", "a")  # noqa: SIM115
+    except FileNotFoundError:
+        if wait:
+            raise
+        return None
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -1617,10 +1625,10 @@ def release_settings(root: Path, own: Path) -> None:
     """Take away what was made for the kernel level in HOME, unless another run that is alive relies on it."""
     with lock_folder(root, wait=True):
         for folder in (path for path in root.iterdir() if path.is_dir() and path not in (own, root / "records")):
-            lock = lock_folder(folder)
-            if lock is None:
+            if lock := lock_folder(folder):
+                lock.close()
+            elif folder.exists():
                 return
-            lock.close()
         with contextlib.suppress(FileNotFoundError):
             remove_points([Path(line) for line in (root / "held").read_text("utf-8", "surrogateescape").splitlines()])
             (root / "held").unlink()

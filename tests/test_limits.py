@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import agent_runner
 from conftest import CHEAP_GATE, PROGRAM, Repository, Result, bwrap_works, small_app
 
 fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
@@ -376,6 +377,14 @@ def test_run_beside_another_on_the_same_issue_disturbs_nothing(
 
 
 # ---------------------------------------------------------------------------------------- leftovers
+
+
+def test_folder_of_a_run_that_has_just_ended_stops_no_other(tmp_path: Path) -> None:
+    """A run looks through the folders of all others while those end, and take their own away."""
+    assert agent_runner.lock_folder(tmp_path / "gone") is None
+    held = agent_runner.lock_folder(tmp_path)
+    assert held and agent_runner.lock_folder(tmp_path) is None
+    held.close()
 
 
 @pytest.mark.parametrize("sandbox", LEVEL_NAMES)
