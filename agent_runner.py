@@ -909,7 +909,7 @@ def cache_root(top: Path) -> Path:
     """The folder for runs, outside the repository at `top`: in the user's cache, else in the temporary folder."""
     home, moved = home_folder(), os.environ.get("XDG_CACHE_HOME")
     at_home = [Path(moved or home / ".cache") / "agent-runner"] if moved or (home.is_dir() and home.name) else []
-    places = [*at_home]
+    places = list(at_home)
     with contextlib.suppress(OSError):
         places.append(Path(tempfile.gettempdir()) / f"agent-runner-{'' if WINDOWS else os.getuid()}")
     for root in places:
@@ -1046,14 +1046,14 @@ def carry_into(clone: Clone, top: Path) -> str:
 # -------------------------------------------------------------------------------------------- guard
 # Withheld, refused by Git, refused by the kernel; then verified.
 
+RUNNER_FILES = re.compile(r"(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")  # it takes orders from them
 WITHHELD = re.compile(
     r"(GH|GITHUB|GITLAB|GL|GITEA|FORGEJO|CODEBERG|BITBUCKET|TEA|CI_JOB|CI_DEPLOY|CI_REGISTRY)_(\w+_)?"
-    r"(TOKEN|PASSWORD|PAT|JWT\w*|SSH_\w+)$|ACTIONS_|(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$"
+    rf"(TOKEN|PASSWORD|PAT|JWT\w*|SSH_\w+)$|ACTIONS_|{RUNNER_FILES.pattern}"
     r"|CI_(JOB_TOKEN|REPOSITORY_URL)|SSH_(AUTH_SOCK|AGENT_PID|ASKPASS)|SUDO_ASKPASS$|GIT_|AGENT_RUNNER_"
     r"|GH_CONFIG_DIR$|GLAB_CONFIG_DIR$"
     r"|(CLAUDECODE|CLAUDE_CODE_(ENTRYPOINT|SSE_PORT)|CODEX_(SANDBOX\w*|THREAD_ID)|GEMINI_CLI|OPENCODE)$"
 )
-RUNNER_FILES = re.compile("(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$|_PAT$")
 RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
 STORES = """
@@ -2691,7 +2691,9 @@ MARKERS = re.compile(
 MARKERS_ELSEWHERE = re.compile(
     r"\b((es|ts)lint-disable|(it|test|describe)\.(skip|todo|only)\(|[fx](it|describe)\(|t\.Skip\(|func TestMain\()"
     r"|@ts-(ignore|nocheck|expect-error)|#\[ignore|@(Ignore|Disabled)\b"
-    r"|\bJEST_WORKER_ID\b|\bVITEST\b|AGENT_RUNNER|\bprocess\.(exit|abort|kill|reallyExit)\b"
+)
+RUNNER_ELSEWHERE = re.compile(
+    r"\bJEST_WORKER_ID\b|\bVITEST\b|AGENT_RUNNER|(?i:pytest|\bjunit)|\bprocess\.(exit|abort|kill|reallyExit)\b"
 )
 SUSPECT = re.compile(  # what code can only want of the process that judges it, as `words_of` tells it
     r"(_?pytest|pluggy|unittest|atexit|builtins|faulthandler|runpy|marshal|zipimport|posix|__main__)(\..*)?"
@@ -2700,7 +2702,7 @@ SUSPECT = re.compile(  # what code can only want of the process that judges it, 
     r"|inspect\.(stack|trace|currentframe|get(outer|inner)frames)|traceback\.(extract|format|print|walk)_stack"
     r"|gc\.get_\w+|signal\.raise_signal|types\.ModuleType\.__\w+|importlib\.(util\.spec_from_|machinery\.|_boot).*"
     r"|\.(_exit|_getframe|_current_frames|(tb|gi|cr|ag)_frame|f_(back|globals|locals|code|builtins)|findCaller"
-    r"|__subclasses__|__builtins__|pythonapi)|(exec|eval|compile|__import__)\(|(getattr|vars)\((os|sys|signal)\b.*"
+    r"|__subclasses__|__builtins__|pythonapi)|(exec|eval|compile|__import__)\(.*|(getattr|vars)\((os|sys|signal)\b.*"
     r"|(os|sys|signal)\.__dict__|ctypes\.CDLL\(None|changes .*|coding .*|ends the process .*"
     r"|text (?s:.*)(?i:pytest|junit|unittest|agent_runner|/proc/self|_exit\b|__builtins__|f_back|tb_frame)(?s:.*)"
 )
@@ -2730,9 +2732,13 @@ class KnownTests(NamedTuple):
 
     def hold(self, path: str) -> bool:
         """Is this a test's file, or one that stands where tests stand?"""
-        parts = path.split("/")
-        tails = ("/".join(parts[number:]) for number in range(len(parts)))  # pytest's root may be a sub-folder
-        return bool(TEST_PATH.search(path)) or any(tail in self.files for tail in tails)
+        return bool(TEST_PATH.search(path)) or is_among(path, self.files)
+
+
+def is_among(path: str, files: Iterable[str]) -> bool:
+    """Is a file of the repository among those that tests' names tell, from pytest's own root, which may be a folder?"""
+    parts = path.split("/")
+    return not {"/".join(parts[number:]) for number in range(len(parts))}.isdisjoint(files)
 
 
 def known_tests(baseline: Verdict | None) -> KnownTests:
@@ -2816,6 +2822,7 @@ def kind_findings(run: Run, change: Change, file: FileChange) -> Iterator[Findin
     """Findings that the kind of a changed file gives: code that nobody reads, links, repositories, binaries, modes."""
     path, is_new, is_link = file.path, file.status in "ARC", file.mode == "120000"
     target = os.fsdecode(run.private.file(change.tree, path) or b"") if is_link else ""
+    leaves = f"a link that leaves the repository: {one_line(target)}"
     unread = is_new and bool(UNREAD_BY_LINTER.search(path))
     renamed = file.status == "R" and bool(CODE.search(file.old_path)) and not CODE.search(path)
     archive = file.status in "AMR" and bool(re.search(r"\.(zip|egg|whl|pyz)$", path))
@@ -2828,12 +2835,7 @@ def kind_findings(run: Run, change: Change, file: FileChange) -> Iterator[Findin
         (is_link and PYTHON.search(path), "hidden-code", "first", "a link with the name of code, which nothing reads"),
         (archive, "hidden-code", "first", "an archive, from which Python can import"),
         (stub, "hidden-code", "first", "a type checker reads it in place of the code"),
-        (
-            leaves_repository(path, target),
-            "symlink",
-            "rejects",
-            f"a link that leaves the repository: {one_line(target)}",
-        ),
+        (is_link and leaves_repository(path, target), "symlink", "rejects", leaves),
         (nested, "nested", "rejects", NESTED),
         (file.binary and not nested, "binary", "shown", "a binary file, which no one can review"),
         (changed_mode, "mode", "shown", f"its mode changed from {file.old_mode} to {file.mode}"),
@@ -3148,22 +3150,28 @@ def hiding_findings(run: Run, hunks: list[Hunk]) -> Iterator[Finding]:
 
 
 def line_findings(run: Run, change: Change, hunks: list[Hunk], tests: KnownTests) -> Iterator[Finding]:
-    """Findings that the added lines give: markers, knowledge of the test runner, secrets. Moved lines are not new."""
+    """Findings that the added lines give: secrets, markers, and what other languages know of a test runner.
+
+    Moved lines are not new.
+    """
     secrets = new_secrets(run, change, hunks)
     moved = {line.strip() for hunk in hunks for line in hunk.removed}
     for hunk in hunks:
         path, is_test = hunk.path, tests.hold(hunk.path)
-        markers = MARKERS if PYTHON.search(path) or not CODE.search(path) else MARKERS_ELSEWHERE
+        elsewhere = not PYTHON.search(path)  # where model.fit( marks nothing; Python code is read by its parser
         for number, line in enumerate(hunk.added, hunk.line):
             if search(TOKENS, line) or any(secret in line for secret in secrets):
                 yield Finding("secret", path, number, "rejects", "a token, key or withheld value in an added line")
             if line.strip() in moved:
                 continue
-            word = search(markers, line) if is_test or not PROSE.search(path) else ""
+            counts = is_test or not PROSE.search(path)
+            word = search(MARKERS, line) or (search(MARKERS_ELSEWHERE, line) if elsewhere else "") if counts else ""
             tail = line[line.find(word) :].rstrip()
             if word and not any(old.rstrip().endswith(tail) for old in hunk.removed):
                 what = one_line(word, 40)
                 yield Finding("marker", path, number, "first", f"a skip or suppression was added: {what}")
+            if elsewhere and CODE.search(path) and not is_test and (word := search(RUNNER_ELSEWHERE, line)):
+                yield Finding("runner-aware", path, number, "first", f"code that knows the test runner: {word}")
     for file in change.files:
         if any(secret in file.path for secret in secrets) or TOKENS.search(file.path):
             yield Finding("secret", file.path, None, "rejects", "a token, key or withheld value in a file's name")
@@ -3274,7 +3282,7 @@ def words_of(node: Any, names: dict[str, str]) -> Iterator[str]:
         yield f"text {node.value}"
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         given = full_name(node.args[0], names) if node.args else ""
-        told = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
+        told = getattr(node.args[1], "value", None) if len(node.args) > 1 and node.func.id.endswith("attr") else None
         if node.func.id in ("setattr", "delattr") and node.args and is_of_others(node.args[0], names):
             yield f"changes {given}"
         yield from (f"{given}.{told}", f".{told}") if isinstance(told, str) else (f"{node.func.id}({given}",)
@@ -3356,27 +3364,22 @@ def without_new_tests(
         return None, ()
     tree = build_tree(run.private, change.tree, "".join(f"0 {f.blob}\t{f.path}\0" for f in added))
     alone = judge(run, run.private.commit(tree, run.base, "Without the new tests"))
-    known, paths = known_tests(run.baseline).files, {f.path for f in added}
+    known, pairs = known_tests(run.baseline).files, list(zip(verdict.checks, alone.checks, strict=False))
     lost: list[str] = []
-    for check, again in zip(verdict.checks, alone.checks, strict=False):
+    for check, again in pairs:
         then, now = ({n: o for n, o in (c.tests or {}).items() if o == "passed"} for c in (check, again))
         fewer = count_functions(then) - count_functions(now)
         names = (name for name in then if name not in now and name.partition("[")[0] in fewer)
-        lost += [n for n in names if (file := n.partition("::")[0]) in known or not is_one_of(file, paths)]
+        files = ((name, name.partition("::")[0]) for name in names)
+        lost += [name for name, file in files if file in known or not any(is_among(f.path, (file,)) for f in added)]
     if lost:
         reason = f"only beside the new test files do these pass: {'; '.join(lost[:20])}"
         return Check("tests of the base alone", "", False, reason), ()
-    pairs = list(zip(verdict.checks, alone.checks, strict=False))
     red = [again for check, again in pairs if not (check.tests or again.passed)]
     red += alone.checks[-1:] if len(pairs) < len(verdict.checks) else ()  # its setup failed
     why = "passes only beside this new test file: " + "; ".join(again.command for again in red)
     findings = tuple(Finding("leans-on-new", f.path, None, "first", why) for f in added if red)
     return None, tuple(settle(run.settings, finding) for finding in findings)
-
-
-def is_one_of(file: str, paths: Iterable[str]) -> bool:
-    """Is this file of a test's name, which pytest tells from its own root, one of these in the repository?"""
-    return any(f"/{path}".endswith(f"/{file}") for path in paths)
 
 
 def count_functions(names: Iterable[str]) -> Counter[str]:
@@ -3393,12 +3396,9 @@ def new_tests(run: Run, change: Change, verdict: Verdict) -> dict[FileChange, by
 
     def is_test(path: str) -> bool:
         folder, name = os.path.split(path)
-        return (
-            is_test_module(name)
-            or name in ran
-            or any(f"/{path}".endswith(f"/{file}") for file in ran)
-            or (name == "__init__.py" and (folder in folders or bool(TEST_PATH.search(path))))
-        )
+        if name == "__init__.py":
+            return folder in folders or bool(TEST_PATH.search(path))
+        return is_test_module(name) or is_among(path, ran)
 
     new = [f for f in new if is_test(f.path)]
     blobs = read_blobs(run.private, [f.blob for f in new])
@@ -3459,7 +3459,7 @@ def run_at_import(top: Any) -> list[Any]:
         return [top]
     own: list[Any] = [*top.decorator_list, *getattr(top, "bases", []), *getattr(top, "keywords", [])]
     if hasattr(top, "args"):
-        return [*own, *top.args.defaults, *(value for value in top.args.kw_defaults if value)]
+        return [*own, top.args, *([top.returns] if top.returns else [])]
     return own + [part for inner in top.body for part in run_at_import(inner)]
 
 
@@ -4482,7 +4482,7 @@ def unrun_findings(change: Change, verdict: Verdict) -> tuple[Finding, ...]:
     ran = {name.split("::")[0] for check in verdict.checks for name in check.tests or ()}
     why = "a new test file that no gate command ran, so it proves nothing"
     new = [f.path for f in change.files if f.status == "A" and is_test_module(f.path)]
-    unrun = [path for path in new if ran and not any(f"/{path}".endswith(f"/{file}") for file in ran)]
+    unrun = [path for path in new if ran and not is_among(path, ran)]
     return tuple(Finding("not-run", path, None, "shown", why) for path in unrun)
 
 
