@@ -486,28 +486,30 @@ def beside(stop: threading.Event, work: Callable[[], Result]) -> Iterator[Callab
     """
     result: list[Result] = []
     errors: list[Exception] = []
+    done = threading.Event()  # not `join`: up to Python 3.12 one that a signal interrupts takes the thread for ended
 
     def body() -> None:
         try:
             result.append(work())
         except Exception as error:  # noqa: BLE001  (raised again for the one who waits)
             errors.append(error)
+        finally:
+            done.set()
 
     def wait() -> Result:
-        thread.join()
+        done.wait()
         if errors:
             raise errors[0]
         return result[0]
 
-    thread = threading.Thread(target=body)
-    thread.start()
+    threading.Thread(target=body).start()
     try:
         yield wait
+        done.wait()
     except BaseException:
         stop.set()
+        done.wait()
         raise
-    finally:
-        thread.join()
 
 
 def become_subreaper() -> None:
@@ -534,7 +536,7 @@ def stray_processes(of: int) -> list[tuple[int, int, str]]:
     """Descendants of process `of`, and orphans that nobody here waits for: (pid, parent, state)."""
     with _spawning:
         table, keep = process_table(), _ours - {of}
-    marks = [mark for pid, mark in _jobs.items() if pid != of]  # a job's orphans live as long as it does
+    marks = [mark for pid, mark in dict(_jobs).items() if pid != of]  # a job's orphans live as long as it does
     me, found = os.getpid(), []
     for pid, (parent, state) in table.items():
         chain = [pid]
@@ -604,6 +606,14 @@ class Job(NamedTuple):
     in_namespace: bool = False  # its first process is the kernel sandbox's own
 
 
+def read_all(stream: Any, kept: Kept, on_line: Show | None, ended: threading.Event) -> None:
+    """Drain a pipe, and say when that is over."""
+    try:
+        drain(stream, kept, on_line)
+    finally:
+        ended.set()
+
+
 def drain(stream: Any, kept: Kept, on_line: Show | None) -> None:
     """Read a pipe to its end, whatever comes; hand complete lines on, megabyte-long ones cut."""
     pending = b""
@@ -621,14 +631,16 @@ def drain(stream: Any, kept: Kept, on_line: Show | None) -> None:
 
 
 def wait_for_end(
-    process: subprocess.Popen[bytes], reader: threading.Thread, job: Job, *, stop: threading.Event, on_tick: Tick
+    process: subprocess.Popen[bytes], ended: threading.Event, job: Job, *, stop: threading.Event, on_tick: Tick
 ) -> bool:
-    """Wait until a job ends by itself, is asked to stop, or reaches its limit: was it the limit?"""
+    """Wait until a job ends by itself, is asked to stop, or reaches its limit: was it the limit?
+
+    `ended` tells that its output has.
+    """
     deadline = time.monotonic() + job.limit
     while process.poll() is None:  # whoever still holds the pipe after that does not hold us
         on_tick()
-        reader.join(0.05)
-        if not reader.is_alive():
+        if ended.wait(0.05):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
         if stop.is_set() or time.monotonic() > deadline:
@@ -650,18 +662,18 @@ def run_guarded(job: Job, *, stop: threading.Event, on_line: Show | None = None,
     except OSError as error:
         return Ran(None, f"{job.argv[0]}: {error.strerror}", time.monotonic() - started)
     _jobs[process.pid] = f"AGENT_RUNNER_JOB={job.env.get('AGENT_RUNNER_JOB')}"
-    kept = Kept()
-    reader = threading.Thread(target=drain, args=(process.stdout, kept, on_line), daemon=True)
-    reader.start()
+    kept, ended = Kept(), threading.Event()
     try:
-        timed_out = wait_for_end(process, reader, job, stop=stop, on_tick=on_tick)
+        threading.Thread(target=read_all, args=(process.stdout, kept, on_line, ended), daemon=True).start()
+        timed_out = wait_for_end(process, ended, job, stop=stop, on_tick=on_tick)
     finally:
-        end_tree(process)
-        reader.join(GRACE)
-        if process.stdout and not reader.is_alive():
-            process.stdout.close()
-        _ours.discard(process.pid)
-        del _jobs[process.pid]
+        try:
+            end_tree(process)
+            if ended.wait(GRACE) and process.stdout:
+                process.stdout.close()
+        finally:  # a signal may come in the midst of that; what is left is nobody's then, and ended with the run
+            _ours.discard(process.pid)
+            del _jobs[process.pid]
     return Ran(process.returncode, kept.text(), time.monotonic() - started, timed_out, kept.left_out)
 
 

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,6 +251,8 @@ MOMENTS = {
     "agent-in-namespace": Moment("TERM", READY, sandbox=LEVEL_NAMES[-1]),
     "agent-twice": Moment("INT", READY, times=2),
     "gate": Moment("INT", "the gate judges the change"),
+    "baseline": Moment("TERM", "waiting for the verdict on the base"),
+    "baseline-in-namespace": Moment("INT", "waiting for the verdict on the base", sandbox=LEVEL_NAMES[-1]),
     "proposal": Moment("TERM", at_git="update-ref -m agent_runner"),
 }
 
@@ -266,12 +269,17 @@ def signalling_git(tmp_path: Path) -> str:
 
 def interrupt(repo: Repository, moment: Moment, command: str, env: dict[str, str]) -> tuple[int, str]:
     """Run to a moment, send the signal, and wait for the end: exit status and output."""
-    gate = "sleep 60" if "gate" in moment.at_line else CHEAP_GATE
-    words = ("issue.md", "--gate", gate, "--no-baseline", "--sandbox", moment.sandbox)
+    waits = "gate" in moment.at_line or "verdict" in moment.at_line
+    mark = command.rpartition(" ")[2]  # by which what is left of the gate would be found
+    gate = shlex.join([sys.executable, "-S", "-c", "import time; time.sleep(60)", mark]) if waits else CHEAP_GATE
+    words = ["issue.md", "--gate", gate, "--sandbox", moment.sandbox]
+    words += [] if "verdict" in moment.at_line else ["--no-baseline"]
     child = subprocess.Popen(
         [sys.executable, str(PROGRAM), "issue-to-pr", *words],
         cwd=repo.path,
-        env=os.environ | env | {"AGENT_CMD": command, "AT": moment.at_git or "never", "SIGNAL": moment.signal},
+        env=os.environ
+        | env
+        | {"AGENT_CMD": command, "AT": moment.at_git or "never", "SIGNAL": moment.signal, "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -284,7 +292,11 @@ def interrupt(repo: Repository, moment: Moment, command: str, env: dict[str, str
     for _ in range(moment.times if moment.at_line else 0):
         child.send_signal(signal.Signals[f"SIG{moment.signal}"])
         time.sleep(0.3)
-    return child.wait(30), shown + child.stdout.read()
+    try:
+        return child.wait(30), shown + child.stdout.read()
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGABRT)  # it tells where each of its threads stands
+        raise AssertionError(f"{moment} does not end:\n{shown}{child.communicate()[0]}") from None
 
 
 def test_interruption_at_any_moment_ends_all_and_keeps_the_work(
@@ -374,6 +386,28 @@ def test_run_beside_another_on_the_same_issue_disturbs_nothing(
     assert files == ["b.txt", "a.txt"]
     assert repo.git("symbolic-ref", "--short", "HEAD") == "agent/issue"  # the first to come, left as it is
     assert not left_in_cache(hermetic)
+
+
+def test_work_beside_is_over_when_a_signal_has_ended_the_wait_for_it() -> None:
+    """Up to Python 3.12 a `join` that a signal handler's exception leaves takes its thread for ended."""
+    stop, ended = threading.Event(), []
+
+    def work() -> None:
+        stop.wait(20)
+        time.sleep(0.3)
+        ended.append(True)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise agent_runner.Interrupted(number)
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(agent_runner.Interrupted), agent_runner.beside(stop, work) as wait:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            wait()
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert ended
 
 
 # ---------------------------------------------------------------------------------------- leftovers
