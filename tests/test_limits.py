@@ -1,227 +1,192 @@
-"""A run always ends: limits, floods of output, interruption, and what killed runs leave behind."""
+"""A run always ends, and whatever the moment of its end, nothing of anybody's is lost."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-import agent_runner
-from conftest import CHEAP_GATE, PROGRAM, Repository, Result, bwrap_works, small_app
+from conftest import CHEAP_GATE, LEVELS, STARTER, Repository, Result, bwrap_works
 
-fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+ISSUE = ("issue-to-pr", "issue.md", "--no-baseline")
+CHEAP = (*ISSUE, "--no-switch", "--gate", CHEAP_GATE)
+KERNEL = ["off", "require"] if bwrap_works() else ["off"]
+NEW = "open('new.py', 'w').write('NEW = 1\\n')"
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-CHEAP = ("issue.md", "--gate", CHEAP_GATE, "--no-baseline", "--no-switch")
-LIMIT, GRACE = 1.0, 2.0
-SLACK = 20.0  # seconds that a busy machine may add to so many runs at once; the hostile programs wait for minutes
-
-# What every hostile program below starts with: work to keep, and children that carry a mark in their command line.
+# What every hostile program below starts with: work to keep, and children with a mark to find.
 PRELUDE = """
 import os, pathlib, signal, subprocess, sys, time
-MARK = sys.argv[1]
-calc = pathlib.Path("calc.py")
-calc.write_text(calc.read_text() + "\\n\\ndef triple(x):\\n    return x * 3\\n")
 
 def child(**options):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    return subprocess.Popen([sys.executable, "-S", "-c", code, MARK], **options)
+    return subprocess.Popen([sys.executable, "-S", "-c", code, sys.argv[1]], **options)
 
-def double_fork():
+def double_fork(**options):
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            child()
+            child(**options)
         os._exit(0)
     os.wait()
 
 def hang():
+    (pathlib.Path.home() / "ready").touch()
     while True:
         time.sleep(60)
+
+def on_term(handler):
+    signal.signal(signal.SIGTERM, handler)
+
+with open("calc.py", "a") as file:
+    file.write("\\n\\ndef triple(x):\\n    return x * 3\\n")
 """
-CHILDREN = """
-pathlib.Path(os.environ["TMPDIR"], "mine").write_text("temporary")
-child()
-child(start_new_session=True)
-double_fork()
-os.environ.clear()
-double_fork()
-"""
-DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" + CHILDREN + "for _ in range(30): child()\nhang()"
-POLITE = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); child(start_new_session=True); hang()"
-LEVEL_NAMES = ["off", "require"] if bwrap_works() else ["off"]
+CHILDREN = "child(); child(start_new_session=True); double_fork(); double_fork(env={}, cwd='/')\n"
+DEAF = f"on_term(signal.SIG_IGN)\n{CHILDREN}{CHILDREN}hang()"
+POLITE = "on_term(lambda *_: sys.exit(0)); child(start_new_session=True); hang()"
+WORKS_ON = "child(start_new_session=True); hang()"
 
 
-def running(mark: str) -> list[str]:
-    """The command lines of living processes that carry a mark."""
-    listing = subprocess.run(["ps", "-axww", "-o", "command="], capture_output=True, text=True).stdout
-    return [line for line in listing.splitlines() if mark in line and "<defunct>" not in line]
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A temporary folder of the test's own, so that what a run leaves there is seen."""
+    (tmp_path / "t").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    yield
+    for pid in running(tmp_path):
+        os.kill(pid, signal.SIGKILL)
 
 
-def left_in_cache(home: Path) -> list[str]:
-    return [path.name for path in (home / ".cache" / "agent-runner").iterdir() if path.is_dir()]
+def marked(text: str, place: Path, agent: Any) -> str:
+    """The command of a hostile program; the mark in it is that of the test."""
+    command: str = agent(PRELUDE + text, arguments=f"{place}/mark")
+    return command
 
 
-def test_limits_end_agent_gate_and_setup_with_all_they_started(repo: Repository, agent: Any, hermetic: Path) -> None:
-    """Every case at once, since they mostly wait: TERM, the grace, and KILL at a limit of one second."""
-    quick = agent("open('new.txt', 'w').write('new')")
-    cases = []
-    for sandbox in LEVEL_NAMES:
-        for how, text in {"deaf": DEAF, "polite": POLITE, "ends": CHILDREN}.items():
-            cases.append((how, agent(PRELUDE + text, arguments=f"mark-{os.getpid()}-{len(cases)}."), sandbox, ()))
-    for option in ("--gate", "--setup"):
-        slow = agent(PRELUDE + DEAF, arguments=f"mark-{os.getpid()}-{len(cases)}.")
-        cases.append((option, quick, "off", (option, slow)))
-    cases.append(("hang", "", "off", ("--simulate", "hang")))
+def running(place: Path) -> list[int]:
+    """Living processes of the test: its mark is in their command line or in their environment."""
+    listing = subprocess.check_output(["ps", "axeww", "-o", "pid=,command="], text=True)
+    lines = [line for line in listing.splitlines() if f"{place}/" in line]
+    return [int(line.split()[0]) for line in lines if " ps axeww " not in line]
 
-    def run(case: tuple[str, str, str, tuple[str, ...]]) -> tuple[Result, float]:
-        how, command, sandbox, more = case
-        words = ("issue.md", "--json", "--no-baseline", "--no-switch", "--sandbox", sandbox, *more)
-        words += ("--agent-timeout", "1s", "--gate-timeout", "1s") + (() if how == "--gate" else ("--gate", CHEAP_GATE))
-        started = time.monotonic()
-        return repo.run("issue-to-pr", *words, agent=command), time.monotonic() - started
+
+def left_behind(place: Path) -> list[Path]:
+    """Folders of runs in the cache and in the temporary folder."""
+    found = (*place.glob("home/.cache/agent-runner/*"), *place.glob("t/*/*"))
+    return [path for path in found if path.is_dir()]
+
+
+def start(repo: Repository, *words: str, output: Any, **env: str) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-c", STARTER, *words]
+    options = {"stdout": output, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(argv, cwd=repo.path, env=os.environ | env, **options)
+
+
+def wait_until(child: subprocess.Popen[bytes], *told: str) -> None:
+    """Wait until programs in it have told that they are ready, or have worked."""
+    while not all(Path(os.environ["HOME"], name).exists() for name in told):
+        assert child.poll() is None
+        time.sleep(0.01)
+
+
+def test_limits_end_agent_gate_and_setup_with_all_that_they_started(
+    repo: Repository, agent: Any, tmp_path: Path
+) -> None:
+    """All of them at once, since they mostly wait: for the limit, and for the grace after it."""
+    deaf, polite, ends = (marked(text, tmp_path, agent) for text in (DEAF, POLITE, CHILDREN))
+    new, gate = agent(NEW), ("--gate", CHEAP_GATE)
+    cases = [("setup", new, (*gate, "--setup", deaf, "--sandbox", "off"))]
+    for level in KERNEL:
+        for how, command in {"deaf": deaf, "polite": polite, "ends": ends}.items():
+            cases.append((how, command, (*gate, "--sandbox", level)))
+        cases.append(("gate", new, ("--gate", deaf, "--sandbox", level)))
+
+    def run(case: tuple[str, str, tuple[str, ...]]) -> Result:
+        limits = ("--agent-timeout", "0.7s", "--gate-timeout", "0.7s")
+        return repo.run(*ISSUE, "--no-switch", "--json", *limits, *case[2], agent=case[1])
 
     with ThreadPoolExecutor(len(cases)) as pool:
         done = list(pool.map(run, cases))
-    assert not running(f"mark-{os.getpid()}-")
-    assert not left_in_cache(hermetic)
-    for (how, *_), (result, seconds) in zip(cases, done, strict=True):
+    assert not running(tmp_path)
+    assert not left_behind(tmp_path)
+    outcomes = {"ends": "proposed", "gate": "rejected", "setup": "refused"}
+    for (how, *_), result in zip(cases, done, strict=True):
         report = result.report
-        assert seconds < LIMIT + GRACE + SLACK, how
-        if how in ("deaf", "polite", "hang"):
-            assert (report["outcome"], report["attempts"][0]["timed_out"]) == ("agent-failed", True), how
-            assert how == "hang" or "triple" in repo.git("show", f"{report['kept']}:calc.py"), how
-        elif how == "ends":
-            assert report["outcome"] == "proposed", report["message"]
-        else:
-            assert result.status == {"--gate": 1, "--setup": 3}[how]
-            assert "took longer than its limit" in report["message"]
+        assert report["outcome"] == outcomes.get(how, "agent-failed"), (how, result.err)
+        assert how == "ends" or "limit" in report["message"], how
+        if how in ("deaf", "polite"):
+            assert report["attempts"][0]["timed_out"]
+            assert "triple" in repo.git("show", f"{report['kept']}:calc.py")
 
 
-# ------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------ output
 
-
-def on_terminal(repo: Repository, *words: str, agent: str, env: dict[str, str]) -> str:
-    """What a run shows on a terminal of 80 columns, colours on."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environ = os.environ | env | {"AGENT_CMD": agent}
-    environ.pop("NO_COLOR", None)
-    argv = [sys.executable, str(PROGRAM), *words]
-    child = subprocess.Popen(argv, cwd=repo.path, env=environ, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    data = b""
-    with contextlib.suppress(OSError):  # EIO, once nobody holds the other end
-        while chunk := os.read(ours, 1 << 16):
-            data += chunk
-    os.close(ours)
-    child.wait(30)
-    return data.decode()
-
-
-FLOOD = """
-import os
-line = b"x" * 999 + b"\\n"
-for _ in range(20_000):
-    os.write(1, line * 10)
-print("the very end")
-open("new.txt", "w").write("new")
-"""
-
-
-MEASURED = """
-import atexit, re, runpy, sys
-PEAK = sys.argv.pop(1)
-@atexit.register
-def note():
-    status = open("/proc/self/status").read()
-    open(PEAK, "w").write(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_flood_of_output_costs_neither_memory_nor_disk(
-    repo: Repository, agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [sys.executable, "-c", MEASURED, str(tmp_path / "peak"), str(PROGRAM), "issue-to-pr", *CHEAP, "--json"]
-    monkeypatch.setenv("AGENT_CMD", agent(FLOOD))
-    done = subprocess.run(words, cwd=repo.path, capture_output=True, text=True, timeout=60)
-    assert int((tmp_path / "peak").read_text()) < 50_000  # kB
-    report = json.loads(done.stdout)
-    assert report["outcome"] == "proposed"
-    log = (Path(report["record"]) / "agent-1.log").read_text()
-    assert "[… 199.9 MB left out …]" in log
-    assert log.endswith("the very end\n")
-    assert sum(file.stat().st_size for file in Path(report["record"]).rglob("*") if file.is_file()) < 400_000
-    assert len(done.stderr) < 100_000
-
-
-NASTY = r"""
+FLOOD = f"""
 import os, sys
-SECRETS = [os.environ[f"TEST_{n}_SECRET"] for n in "ABC"]
-lines = [
-    b"title \x1b]0;FORGED\x07 clipboard \x1b]52;c;Rk9SR0VE\x1b\\ alternate \x1b[?1049h cursor \x1b[10A\x1b[2K up",
-    b"C1 \x9b2J \xc2\x9b2J \xc2\x9d0;FORGED\xc2\x9c invalid \xff\xfe\xc0\x80 NUL \x00 bell \x07 backspace \x08\x08",
-    b"erased\rPROPOSED (exit 0): FORGED", b"a\x0bPROPOSED FORGED", b"b\x0cPROPOSED FORGED",
-    "c\u2028PROPOSED FORGED\u2029PROPOSED FORGED\x85PROPOSED FORGED".encode(),
-    "▸ the gate judges FORGED".encode(), b"\x1b[8mhidden colours\x1b[30;40m FORGED",
-    b"device control \x1bP1$r FORGED", b"unfinished \x1b]2;title", b"this must not be swallowed",
-    b"w" * 69 + b"PROPOSED (exit 0): FORGED", "だ".encode() * 34 + "PROPOSED (exit 0): FORGED".encode(),
-    *(secret.encode() for secret in SECRETS),
-]
-os.write(1, b"\n".join(lines) + b"\n" + b"y" * 30_000 + SECRETS[0].encode() + b"\n")
-open("new.txt", "w").write("\n".join(SECRETS))
+for _ in range(5_000):
+    os.write(1, (b"x" * 999 + b"\\n") * 10)
+os.write(1, b"y" * 5_000_000)  # a line that does not end
+print("\\nthe very end")
+{NEW}
 """
-SECRETS = {
-    "TEST_A_SECRET": "plain-secret-1",
-    "TEST_B_SECRET": 'quo"ted\\secret-2é',
-    "TEST_C_SECRET": "line-one-3\nline-two-4",
-}
-SECRET_PARTS = ("plain-secret-1", "secret-2", "line-one-3", "line-two-4")
-SGR = re.compile(r"\x1b\[[0-9;]*m")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+MEASURED = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[2:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest descendant, in kB
+open(sys.argv[1], "w").write(str(peak))
+sys.exit(status)
+"""
 
 
-def test_nothing_of_the_agents_drives_the_terminal_or_looks_like_ours(repo: Repository, agent: Any) -> None:
-    shown = on_terminal(repo, "issue-to-pr", *CHEAP, agent=agent(NASTY), env=SECRETS)
-    assert "this must not be swallowed" in shown
-    shown = re.sub(r"[^\n\x1b]*\r\x1b\[K", "", shown.replace("\r\n", "\n"))  # the clock of the step, erased by itself
-    lines = SGR.sub("", shown).split("\n")
-    for line in lines:
-        assert not CONTROL.search(line), line
-        assert "FORGED" not in line or line.startswith("  agent │ "), line
-        assert not line.startswith("  agent │ ") or len(line) + sum(not c.isascii() for c in line[10:]) <= 80, line
-    (record,) = (repo.path / ".git" / "agent-runner").iterdir()
-    texts = {file.name: file.read_text("utf-8") for file in record.iterdir() if file.is_file()}
-    texts["terminal"] = shown
-    for name, text in texts.items():
-        assert not CONTROL.search(SGR.sub("", text)) or name == "terminal", name
-        assert not [part for part in SECRET_PARTS if part in text], name
-    assert "this must not be swallowed" in texts["agent-1.log"]
+@needs_proc
+def test_flood_of_output_of_agent_and_gate_costs_neither_memory_nor_disk(
+    repo: Repository, agent: Any, tmp_path: Path
+) -> None:
+    repo.write("issue.md", "# Much\n\n" + "word " * 40_000)  # a brief that nobody reads
+    peak, flood = tmp_path / "peak", agent(FLOOD)
+    under = (sys.executable, "-S", "-c", MEASURED, str(peak))
+    result = repo.run(*ISSUE, "--json", "--gate", flood, agent=flood, under=under)
+    assert (result.status, result.report["outcome"]) == (0, "proposed"), result.err[-1000:]
+    assert int(peak.read_text()) < 80_000
+    record = Path(result.report["record"])
+    log = (record / "agent-1.log").read_text()
+    assert "left out" in log and log.endswith("the very end\n")
+    assert sum(file.stat().st_size for file in record.rglob("*") if file.is_file()) < 600_000
+    assert len(result.err) < 150_000
 
 
-def test_brief_of_a_megabyte_that_nobody_reads_does_not_block(repo: Repository, agent: Any) -> None:
-    repo.write("issue.md", "# Much\n\n" + "word " * 200_000)
-    result = repo.run("issue-to-pr", *CHEAP, agent=agent("open('new.txt', 'w').write('new')"))
-    assert result.status == 0, result.out
+STREAMS = [
+    '"$@" >&-',
+    '"$@" --json <&-',
+    '"$@" <&- >&- 2>&-',
+    '"$@" | head -n 1',
+    '"$@" --json | :',
+]
 
 
-# ------------------------------------------------------------------------------------- interruption
+@pytest.mark.parametrize("shell", STREAMS)
+def test_closed_streams_and_a_reader_that_goes_away_end_no_run(
+    repo: Repository, agent: Any, shell: str
+) -> None:
+    noisy = agent(f"print('line\\n' * 500)\n{NEW}")
+    result = repo.run(*CHEAP, agent=noisy, under=("sh", "-c", shell, "sh"))
+    assert result.status == 0 and "Traceback" not in result.err + result.out
+    assert repo.git("diff", "--name-only", "main", "agent/issue") == "new.py"
+
+
+# ----------------------------------------------------------------------------------------- signals
 
 # A `git` that sends a signal to whoever started it, at the first command that contains $AT.
 SIGNALLING_GIT = """\
@@ -229,304 +194,155 @@ SIGNALLING_GIT = """\
 case "$*" in *"$AT"*) mkdir "$ONCE" 2>/dev/null && kill -s "$SIGNAL" "$PPID";; esac
 exec "{git}" "$@"
 """
-WORKS_ON = PRELUDE + "child(start_new_session=True)\nprint('ready', flush=True)\nhang()"
-READY = "agent │ ready"
 
 
-class Moment(NamedTuple):
-    """When a signal comes: at a line of the run's output, or at one of its Git commands."""
-
-    signal: str
-    at_line: str = ""
-    at_git: str = ""
-    sandbox: str = "off"
-    times: int = 1
-    kept: bool = True  # had the agent done something by then?
+def put_first(place: Path, script: str) -> str:
+    """A PATH on which `git` is a script of ours before it is Git."""
+    (place / "bin").mkdir()
+    (place / "bin/git").write_text(script.format(git=shutil.which("git")))
+    (place / "bin/git").chmod(0o755)
+    return f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 
-MOMENTS = {
-    "preflight": Moment("TERM", at_git="rev-parse", kept=False),
-    "clone": Moment("INT", at_git="read-tree", kept=False),
-    "agent": Moment("HUP", READY),
-    "agent-in-namespace": Moment("TERM", READY, sandbox=LEVEL_NAMES[-1]),
-    "agent-twice": Moment("INT", READY, times=2),
-    "gate": Moment("INT", "the gate judges the change"),
-    "baseline": Moment("TERM", "waiting for the verdict on the base"),
-    "baseline-in-namespace": Moment("INT", "waiting for the verdict on the base", sandbox=LEVEL_NAMES[-1]),
-    "proposal": Moment("TERM", at_git="update-ref -m agent_runner"),
-}
-
-
-@pytest.fixture
-def signalling_git(tmp_path: Path) -> str:
-    """A PATH on which `git` is the one above."""
-    folder = tmp_path / "signalling"
-    folder.mkdir()
-    (folder / "git").write_text(SIGNALLING_GIT.format(git=shutil.which("git")))
-    (folder / "git").chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
-def interrupt(repo: Repository, moment: Moment, command: str, env: dict[str, str]) -> tuple[int, str]:
-    """Run to a moment, send the signal, and wait for the end: exit status and output."""
-    waits = "gate" in moment.at_line or "verdict" in moment.at_line
-    mark = command.rpartition(" ")[2]  # by which what is left of the gate would be found
-    gate = shlex.join([sys.executable, "-S", "-c", "import time; time.sleep(60)", mark]) if waits else CHEAP_GATE
-    words = ["issue.md", "--gate", gate, "--sandbox", moment.sandbox]
-    words += [] if "verdict" in moment.at_line else ["--no-baseline"]
-    child = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "issue-to-pr", *words],
-        cwd=repo.path,
-        env=os.environ
-        | env
-        | {"AGENT_CMD": command, "AT": moment.at_git or "never", "SIGNAL": moment.signal, "PYTHONFAULTHANDLER": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    )
-    assert child.stdout is not None
-    shown = ""
-    while moment.at_line and moment.at_line not in shown:
-        shown += child.stdout.readline()
-    for _ in range(moment.times if moment.at_line else 0):
-        child.send_signal(signal.Signals[f"SIG{moment.signal}"])
-        time.sleep(0.3)
-    try:
-        return child.wait(30), shown + child.stdout.read()
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGABRT)  # it tells where each of its threads stands
-        raise AssertionError(f"{moment} does not end:\n{shown}{child.communicate()[0]}") from None
-
-
-def test_interruption_at_any_moment_ends_all_and_keeps_the_work(
-    tmp_path: Path, agent: Any, hermetic: Path, signalling_git: str
+# When a signal comes: while agent, gate or baseline is at work, or at one of our Git commands.
+@pytest.mark.parametrize(
+    ("moment", "names", "level"),
+    [
+        ("git rev-parse", "TERM", "off"),
+        ("git read-tree", "INT", "off"),
+        *(("agent", "HUP", level) for level in KERNEL),
+        ("agent", "INT TERM", "off"),
+        ("agent", "HUP HUP", "off"),
+        *(("gate", "INT", level) for level in KERNEL),
+        ("baseline", "TERM", KERNEL[-1]),
+        ("git write-tree", "INT", "off"),
+        ("git update-ref -m agent_runner", "TERM", "off"),
+    ],
+)
+def test_a_signal_at_any_moment_ends_all_and_keeps_the_work(
+    repo: Repository, agent: Any, tmp_path: Path, moment: str, names: str, level: str
 ) -> None:
-    """Every moment at once, each in a repository of its own."""
-    cases = []
-    for name, moment in MOMENTS.items():
-        repo = small_app(tmp_path / name)
-        repo.write("calc.py", "def double(x):\n    return x + x\n")  # an edit that is not committed
-        repo.write("notes.txt", "untracked")
-        text = WORKS_ON if moment.at_line == READY else PRELUDE
-        command = agent(text, arguments=f"mark-{os.getpid()}-{name}.")
-        cases.append((name, moment, repo, command, repo.state()))
-
-    def run(case: tuple[str, Moment, Repository, str, Any]) -> tuple[int, str]:
-        name, moment, repo, command, _ = case
-        return interrupt(repo, moment, command, {"PATH": signalling_git, "ONCE": str(tmp_path / f"once-{name}")})
-
-    with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(run, cases))
-    assert not running(f"mark-{os.getpid()}-")
-    assert not left_in_cache(hermetic)
-    for (name, moment, repo, _, before), (status, shown) in zip(cases, done, strict=True):
-        assert "Traceback" not in shown, name
-        if name == "proposal":  # made whole: what is said is true of the repository
-            assert (status, "PROPOSED" in shown) == (0, True), shown
-            assert "triple" in repo.git("show", "agent/issue:calc.py")
-            continue
-        assert (status, "INTERRUPTED" in shown) == (128 + signal.Signals[f"SIG{moment.signal}"], True), (name, shown)
-        assert repo.state() == before, name
-        kept = repo.git("for-each-ref", "--format=%(refname)", "refs/agent-runner")
-        assert bool(kept) == moment.kept, name
-        assert not kept or "triple" in repo.git("show", f"{kept}:calc.py"), name
+    repo.write("calc.py", "def double(x):\n    return x + x\n")  # an edit that is not committed
+    repo.write("notes.txt", "untracked")
+    before, at_git = repo.state(), moment.partition("git ")[2]
+    worked = "(pathlib.Path.home() / 'worked').touch()"
+    command = marked(WORKS_ON if moment == "agent" else worked, tmp_path, agent)
+    waits = moment in ("gate", "baseline")
+    words = ("--gate", marked(WORKS_ON, tmp_path, agent) if waits else CHEAP_GATE)
+    words += ("--sandbox", level, *(() if moment == "baseline" else ("--no-baseline",)))
+    env = {"PATH": put_first(tmp_path, SIGNALLING_GIT), "ONCE": str(tmp_path / "once")}
+    env |= {"AT": at_git or "never", "SIGNAL": names, "AGENT_CMD": command}
+    child = start(repo, *ISSUE[:2], *words, output=subprocess.PIPE, **env)
+    if not at_git:
+        wait_until(child, "ready", *(["worked"] if waits else []))
+        for name in names.split():
+            child.send_signal(signal.Signals[f"SIG{name}"])
+    shown = child.communicate(timeout=60)[0].decode()
+    assert "Traceback" not in shown and "FAULT" not in shown
+    assert not running(tmp_path)
+    assert not left_behind(tmp_path)
+    if "update-ref" in moment:  # made whole: what is said is true of the repository
+        assert child.returncode == 0 and "PROPOSED" in shown, shown
+        assert "triple" in repo.git("show", "agent/issue:calc.py")
+        return
+    assert child.returncode == 128 + signal.Signals[f"SIG{names.split()[0]}"], shown
+    assert "INTERRUPTED" in shown
+    assert repo.state() == before
+    kept = repo.git("for-each-ref", "--format=%(refname)", "refs/agent-runner").split()
+    assert len(kept) == (at_git not in ("rev-parse", "read-tree")), shown
+    assert all(ref in shown and "triple" in repo.git("show", f"{ref}:calc.py") for ref in kept)
 
 
 def test_signal_that_was_ignored_at_the_start_stays_ignored(repo: Repository, agent: Any) -> None:
     """As under nohup: the terminal may close."""
-    text = "import os, signal\nopen('new.txt', 'w').write('new')\nos.kill(os.getppid(), signal.SIGHUP)"
-    command = shlex.join([sys.executable, str(PROGRAM), "issue-to-pr", *CHEAP, "--sandbox", "off"])
-    env = os.environ | {"AGENT_CMD": agent(text)}
-    assert subprocess.run(["sh", "-c", f"trap '' HUP; {command}"], cwd=repo.path, env=env).returncode == 0
+    hangs_up = agent(f"import os, signal\n{NEW}\nos.kill(os.getppid(), signal.SIGHUP)")
+    under, words = ("sh", "-c", "trap '' HUP; exec \"$@\"", "sh"), (*CHEAP, "--sandbox", "off")
+    assert repo.run(*words, agent=hangs_up, under=under).status == 0
+    assert repo.run(*words, agent=hangs_up).status == 129
 
 
-def test_output_that_nobody_reads_does_not_stop_the_run(repo: Repository, agent: Any) -> None:
-    ways = [("", "| head -1"), ("", ">&-"), ("", ">&- 2>&- <&-")]
-    ways += [("", "> /dev/full"), ("--json 2> /dev/null", "> /dev/full")] if os.path.exists("/dev/full") else []
-    command = shlex.join([sys.executable, str(PROGRAM), "issue-to-pr", *CHEAP])
-    env = os.environ | {"AGENT_CMD": agent("print('much\\n' * 100)\nopen('new.txt', 'w').write('new')")}
-    env.pop("PYTHONUNBUFFERED", None)
+# ------------------------------------------------------------------------------------------- crash
+# The program is killed at points spread over a whole run; whatever the moment, nothing is harmed.
 
-    def run(way: tuple[str, str]) -> str:
-        script = f"{{ {command} {way[0]}; echo $? >&3; }} 3>&2 {way[1]}"
-        return subprocess.run(["bash", "-c", script], cwd=repo.path, env=env, stderr=subprocess.PIPE, text=True).stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(run, ways)) == ["0\n"] * len(ways)
-    assert len(repo.git("branch", "--list", "agent/*").splitlines()) == len(ways)
-
-
-def start(repo: Repository, command: str, *words: str) -> subprocess.Popen[str]:
-    """A run under way: its agent says `ready`, and goes on doing what it does."""
-    argv = [sys.executable, str(PROGRAM), "issue-to-pr", "issue.md", "--gate", CHEAP_GATE, "--no-baseline", *words]
-    env = os.environ | {"AGENT_CMD": command}
-    child = subprocess.Popen(argv, cwd=repo.path, env=env, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    assert child.stdout is not None
-    while READY not in child.stdout.readline():
-        pass
-    return child
+KILLS = int(os.environ.get("AGENT_RUNNER_KILLS", "6"))
+# A `git` that counts its calls, and at one of them kills whoever made it.
+KILLING_GIT = """\
+#!/bin/sh
+printf x >> "$CALLS"
+[ "$(wc -c < "$CALLS")" -eq "$KILL_AT" ] && kill -KILL "$PPID" && [ "$GOES_ON" = no ] && exit 1
+exec "{git}" "$@"
+"""
+REMEDY = re.compile(
+    r"(?:look at it: (git -C \S+) status; to remove it|To remove what it left): (rm -rf .+)"
+)
 
 
-@pytest.mark.parametrize("sandbox", LEVEL_NAMES)
-def test_run_beside_another_on_the_same_issue_disturbs_nothing(
-    repo: Repository, agent: Any, tmp_path: Path, hermetic: Path, sandbox: str
+def run_until(repo: Repository, agent: str, *, call: int = 10**6, after: float = 60.0) -> None:
+    """A run that is killed at one of its Git calls, or after some seconds."""
+    place = repo.path.parent
+    env = {"CALLS": str(place / "calls"), "KILL_AT": str(call), "AGENT_CMD": agent}
+    env |= {"GOES_ON": "no" if call % 3 else "yes", "PATH": put_first(place, KILLING_GIT)}
+    words = ("issue-to-pr", "issue.md", "--gate", CHEAP_GATE)
+    child = start(repo, *words, output=subprocess.DEVNULL, **env)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(after)
+    child.kill()
+    child.wait()
+    while running(place):  # the Git command under way goes on
+        time.sleep(0.02)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_any_moment_nothing_is_harmed_and_the_next_run_says_what_is_left(
+    repo: Repository, agent: Any, tmp_path: Path, number: int
 ) -> None:
-    wait = f"print('ready', flush=True)\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
-    slow = start(repo, agent(f"import os, time\nopen('a.txt', 'w').write('a')\n{wait}"), "--sandbox", sandbox)
-    words = ("issue.md", "--gate", CHEAP_GATE, "--no-baseline", "--sandbox", sandbox)
-    quick = repo.run("issue-to-pr", *words, agent=agent("open('b.txt', 'w').write('b')"))
-    assert quick.status == 0, quick.out
-    assert repo.git("symbolic-ref", "--short", "HEAD") == "agent/issue"
-    assert left_in_cache(hermetic)  # the living run's
-    (tmp_path / "go").touch()
-    shown, _ = slow.communicate(timeout=30)
-    assert slow.returncode == 0, shown
-    files = [repo.git("diff", "--name-only", "main", branch) for branch in ("agent/issue", "agent/issue-2")]
-    assert files == ["b.txt", "a.txt"]
-    assert repo.git("symbolic-ref", "--short", "HEAD") == "agent/issue"  # the first to come, left as it is
-    assert not left_in_cache(hermetic)
+    """A whole run makes some forty Git calls, in half a second."""
+    repo.write(".git/info/exclude", "ignored.txt\n")
+    repo.write("ignored.txt", "ignored")
+    repo.write("notes/untracked.txt", "untracked")
+    before, main = repo.state() | {"refs": ""}, repo.git("rev-parse", "main")
+    command, part = agent(f"{NEW}; open('calc.py', 'a').write('# more\\n')"), (number + 0.5) / KILLS
+    if number % 2:
+        run_until(repo, command, after=part * 0.5)
+    else:
+        run_until(repo, command, call=1 + int(part * 42))
+    assert repo.git("fsck", "--no-dangling", "--no-progress") == ""
+    assert not list((repo.path / ".git").rglob("*.lock"))
+    refs = repo.git("for-each-ref", "--format=%(refname) %(parent)").splitlines()
+    proposal = f"refs/heads/agent/issue {main}"  # whole, or not there
+    assert {line.strip() for line in refs} <= {"refs/heads/main", proposal}
+    assert proposal not in refs or repo.git("show", "agent/issue:new.py") == "NEW = 1"
+    assert repo.git("rev-parse", "main") == main
+    if repo.git("symbolic-ref", "HEAD") == "refs/heads/main":
+        assert repo.state() | {"refs": ""} == before
+    else:
+        assert repo.git("status", "--porcelain") == "?? notes/"
+    left = left_behind(tmp_path)
+    result = repo.run(*CHEAP, agent=agent("open('other.py', 'w').write('')"))
+    assert result.status == 0, result.out
+    for look, remove in REMEDY.findall(result.out):
+        look = [*shlex.split(look), "status"] if look else ["true"]
+        assert subprocess.run(look, capture_output=True).returncode == 0
+        subprocess.run(shlex.split(remove), check=True)
+    assert not left_behind(tmp_path), left  # what is told is all that was left
 
 
-def test_work_beside_is_over_when_a_signal_has_ended_the_wait_for_it() -> None:
-    """Up to Python 3.12 a `join` that a signal handler's exception leaves takes its thread for ended."""
-    stop, ended = threading.Event(), []
-
-    def work() -> None:
-        stop.wait(20)
-        time.sleep(0.3)
-        ended.append(True)
-
-    def interrupt(number: int, frame: object) -> None:
-        raise agent_runner.Interrupted(number)
-
-    old = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with pytest.raises(agent_runner.Interrupted), agent_runner.beside(stop, work) as wait:
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            wait()
-    finally:
-        signal.signal(signal.SIGALRM, old)
-    assert ended
-
-
-# ---------------------------------------------------------------------------------------- leftovers
-
-
-def test_folder_of_a_run_that_has_just_ended_stops_no_other(tmp_path: Path) -> None:
-    """A run looks through the folders of all others while those end, and take their own away."""
-    assert agent_runner.lock_folder(tmp_path / "gone") is None
-    held = agent_runner.lock_folder(tmp_path)
-    assert held and agent_runner.lock_folder(tmp_path) is None
-    held.close()
-
-
-@pytest.mark.parametrize("sandbox", LEVEL_NAMES)
-def test_run_after_a_killed_one_ends_what_it_left_and_keeps_its_work(
-    repo: Repository, agent: Any, hermetic: Path, sandbox: str
+@pytest.mark.parametrize("level", LEVELS)
+def test_work_of_a_killed_run_is_where_the_next_run_says_and_a_living_run_is_let_be(
+    repo: Repository, agent: Any, tmp_path: Path, level: str
 ) -> None:
-    mark = f"mark-{os.getpid()}-killed-{sandbox}."
-    killed = start(repo, agent(WORKS_ON, arguments=mark), "--sandbox", sandbox)
-    killed.kill()
-    killed.communicate()
+    command = marked(WORKS_ON, tmp_path, agent)
+    words = (*CHEAP, "--sandbox", level)
+    child = start(repo, *words, output=subprocess.DEVNULL, AGENT_CMD=command)
+    wait_until(child, "ready")
+    beside = repo.run(*CHEAP, agent=agent(NEW))
+    assert beside.status == 0 and "was killed" not in beside.out and child.poll() is None
+    child.kill()
+    child.wait()
     before = repo.state()
-    assert not repo.git("for-each-ref", "refs/agent-runner")
-    result = repo.run("issue-to-pr", *CHEAP, agent=agent("print('nothing to do')"))
-    assert result.status == 4
-    assert not running(mark)
-    assert not left_in_cache(hermetic)
-    (kept,) = repo.git("for-each-ref", "--format=%(refname)", "refs/agent-runner").splitlines()
-    assert f"git show {kept}" in result.out
-    assert "triple" in repo.git("show", f"{kept}:calc.py")
-    assert repo.state() == before
-
-
-def test_records_and_kept_work_are_pruned_to_fifty(repo: Repository, agent: Any) -> None:
-    records = repo.path / ".git" / "agent-runner"
-    (records / "baseline").mkdir(parents=True)
-    orders = ""
-    for number in range(60):
-        name = f"20200101-0000{number:02}-old"
-        (records / "baseline" / f"{number}.json").touch()
-        if number % 2:
-            (records / name).mkdir()
-        else:
-            orders += f"create refs/agent-runner/{name} HEAD\n"
-    subprocess.run(["git", "update-ref", "--stdin"], cwd=repo.path, input=orders, text=True, check=True)
-    repo.git("update-ref", "refs/agent-runner/mine", "HEAD")
-    assert repo.run("issue-to-pr", *CHEAP, agent=agent("open('new.txt', 'w').write('new'); exit(1)")).status == 4
-    refs = repo.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/agent-runner").splitlines()
-    left = {path.name for path in records.iterdir()} | set(refs)
-    assert len(left - {"baseline", "mine"}) == 50
-    assert "mine" in refs
-    assert "20200101-000000-old" not in left
-    assert len(list((records / "baseline").iterdir())) == 50
-    assert len(left & set(refs) & {path.name for path in records.iterdir()}) == 1  # this run's
-
-
-def test_documented_command_removes_all_that_runs_keep(repo: Repository, agent: Any) -> None:
-    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^ *(git for-each-ref .*agent-runner.*)$", readme, re.MULTILINE)
-    before = repo.state()
-    assert repo.run("issue-to-pr", *CHEAP, agent=agent("open('new.txt', 'w').write('new'); exit(1)")).status == 4
-    assert repo.git("for-each-ref", "refs/agent-runner")
-    subprocess.run(["sh", "-c", command], cwd=repo.path, check=True)
-    assert not repo.git("for-each-ref", "refs/agent-runner")
-    assert not (repo.path / ".git" / "agent-runner").exists()
-    assert repo.state() == before
-
-
-# ---------------------------------------------------------------------------------------- full disk
-
-NEW_MOUNTS = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
-WRITES_MUCH = "import os\nopen('new.bin', 'wb').write(os.urandom(4_000_000))"
-
-
-def on_small_disk(folder: Path, script: str, *, agent: str) -> list[str]:
-    """The output of a script in a world of mounts of its own, where a folder has three megabytes of room."""
-    probe = subprocess.run([*NEW_MOUNTS, 'mount -t tmpfs -o size=3m none "$0"', str(folder)], capture_output=True)
-    if not shutil.which("unshare") or probe.returncode != 0:
-        pytest.skip("needs unshare(1) and the right to mount")
-    command = shlex.join([sys.executable, str(PROGRAM), "issue-to-pr", *CHEAP, "--sandbox", "off"])
-    text = f'mount -t tmpfs -o size=3m none "$0"\n{script}'.replace(
-        "RUN", f"{command} 2>&1 && echo status 0 || echo status $?"
-    )
-    env = os.environ | {"AGENT_CMD": agent}
-    words = [*NEW_MOUNTS, f"exec 2>&1\n{text}", str(folder)]
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60).stdout.splitlines()
-
-
-def test_disk_that_fills_up_while_cloning_is_told_plainly(
-    repo: Repository, agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (repo.path / "large.bin").write_bytes(os.urandom(4_000_000))
-    repo.commit()
-    before = repo.state()
-    small = tmp_path / "small"
-    small.mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(small))
-    lines = on_small_disk(small, f"cd {repo.path}; RUN; ls -A {small}/agent-runner", agent=agent("pass"))
-    assert "status 3" in lines, lines
-    assert [line for line in lines if line.startswith("REFUSED (exit 3)") and "free on the disk of" in line], lines
-    assert lines[-1] == "lock"
-    assert repo.state() == before
-
-
-def test_disk_that_fills_up_while_keeping_the_work_costs_no_work(repo: Repository, agent: Any, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    script = f"""
-        cp -R {repo.path} "$0"/app; cd "$0"/app
-        RUN
-        mount -o remount,size=20m "$0"
-        git fsck --no-dangling --no-progress; git status --porcelain; git for-each-ref --format='ref %(refname)'
-        AGENT_CMD=true; RUN
-        git for-each-ref --format='%(refname)' refs/agent-runner >kept; git ls-tree -l $(cat kept) new.bin
-    """
-    lines = on_small_disk(small, script, agent=agent(WRITES_MUCH))
-    after = lines.index("status 3")
-    assert [line for line in lines[:after] if line.startswith("REFUSED (exit 3)") and "No space left" in line], lines
-    assert lines[after + 1] == "ref refs/heads/main"
-    assert lines[-2] == "status 4", lines
-    assert "4000000\tnew.bin" in lines[-1]
-    assert "Traceback" not in "".join(lines)
+    result = repo.run(*CHEAP, agent=agent("print('nothing to do')"))
+    assert result.status == 4 and repo.state() == before
+    ((look, _),) = REMEDY.findall(result.out)
+    assert "+def triple(x):" in subprocess.check_output([*shlex.split(look), "diff"], text=True)
+    assert level == "off" or not running(tmp_path)

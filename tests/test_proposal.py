@@ -1,4 +1,4 @@
-"""The proposal: commit, text, and the commands that a person would run; hostile text in all of them."""
+"""The proposal: branch, commit, checkout, and the commands that a person would paste."""
 
 from __future__ import annotations
 
@@ -6,460 +6,293 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
-import agent_runner
-from conftest import CHEAP_GATE, Repository, isolate, small_app
-from test_record import SCHEMA, TRIPLE, misfits
+from conftest import Repository, Result, small_app
+from test_record import CHEAP, ISSUE, RED, Words, paste, printed
+
+NEW = 'open("new.py", "w").write("x = 1\\n")\n'
+EDIT = f"import os\nos.mkdir('pkg')\nopen('pkg/a.py', 'w').write('x = 1')\n{NEW}"
+EDIT += "open('calc.py', 'a').write('z = 1')\n"
+switching = pytest.mark.parametrize("words", [(), ("--no-switch",)], ids=["switched", "not"])
+STEMS = {"-Add: a  FEATURE~^:?*[@{\\ (v1.2)": "Add-a-FEATURE-v1.2", "x" * 99: "x" * 60}
+STEMS |= {".日é..b.lock.lock": "e-b", "日": "issue"}
 
 
-@pytest.mark.parametrize(
-    ("address", "web"),
-    [
-        ("https://github.com/o/r.git", "https://github.com/o/r"),
-        ("https://github.com/o/r/", "https://github.com/o/r"),
-        ("https://name:t0ken@github.com/o/r", "https://github.com/o/r"),
-        ("git@github.com:o/r.git", "https://github.com/o/r"),
-        ("github.com:o/r", "https://github.com/o/r"),
-        ("ssh://git@github.com/o/r.git", "https://github.com/o/r"),
-        ("ssh://git@ssh.github.com:443/o/r.git", "https://github.com/o/r"),
-        ("ssh://git@altssh.gitlab.com:443/g/r.git", "https://gitlab.com/g/r"),
-        ("git+ssh://git@forge.example:2222/g/s/t/r.git", "https://forge.example/g/s/t/r"),
-        ("https://forge.example:8443/g/s/r.git", "https://forge.example:8443/g/s/r"),
-        ("http://localhost:3000/o/r.git", "http://localhost:3000/o/r"),
-        ("git://git.example/r.git", "https://git.example/r"),
-        ("git@codeberg.org:o/r.git", "https://codeberg.org/o/r"),
-        ("git@host.example:/srv/git/r.git", ""),
-        ("alias:o/r.git", ""),
-        ("/srv/git/r.git", ""),
-        ("../r.git", ""),
-        ("file:///srv/r.git", ""),
-        (r"C:\r.git", ""),
-        ("C:/r.git", ""),
-        ("", ""),
-    ],
+@pytest.mark.parametrize(("stem", "slug"), STEMS.items())
+def test_branch_bears_the_stem(repo: Repository, agent: Any, stem: str, slug: str) -> None:
+    repo.write(f"../{stem}.md", "# Add it\n")
+    result = repo.run(ISSUE[0], f"../{stem}.md", *CHEAP, "--json", agent=agent(NEW))
+    assert result.report["branch"] == f"agent/{slug}" == repo.git("branch", "--show-current")
+
+
+@pytest.mark.parametrize("taken", ["agent/issue", "agent/issue/part"])
+def test_existing_branch_is_left_and_said(repo: Repository, agent: Any, taken: str) -> None:
+    repo.git("branch", taken)
+    result = repo.run(*ISSUE, agent=agent(NEW))
+    assert result.report["branch"] == "agent/issue-2"
+    assert any("earlier" in m and "agent/issue" in m for m in result.report["mentions"])
+    paste(printed(result)["drop it"], repo.path)
+    assert repo.git("rev-parse", taken) == result.report["base"]
+    assert repo.git("branch", "--format=%(refname:short)").split() == [taken, "main"]
+
+
+UNSIGNABLE = "git config gpg.program false; git config commit.gpgSign true"
+REFUSED = ("git switch -qc agent", "git branch my-agent; git switch -qc agent", UNSIGNABLE)
+
+
+@pytest.mark.parametrize("before", REFUSED, ids=["branch", "two branches", "signing"])
+def test_refusal_names_a_remedy_that_works(repo: Repository, agent: Any, before: str) -> None:
+    paste(before, repo.path)
+    result = repo.run(*ISSUE, agent=agent(NEW))
+    assert result.status == 3 and not result.report["branch"]
+    paste(re.findall(r"run: (git .*)", result.report["message"])[0], repo.path)
+    assert repo.run(*ISSUE, agent=agent(NEW)).status == 0
+
+
+TITLES = (
+    "Hi @everyone, @team/core: fixes #12, GH-3, o/r#4 and !5; [skip-ci] [No CI] \x1b[3\u202e",
+    "[ci skip] Fixes: https://github.com/o/r/issues/1 [skip actions]",
+    "Add [notes] for @ and #, https://example.org/a; nothing else!",
 )
-def test_web_address_is_found_in_every_form_of_a_remotes(address: str, web: str) -> None:
-    assert agent_runner.web_address(address) == web
+
+
+@pytest.mark.parametrize("title", TITLES, ids=["hostile", "closing", "honest"])
+def test_commit_is_the_users_and_harmless(repo: Repository, agent: Any, title: str) -> None:
+    repo.write("issue.md", f"# {title}\n")
+    text = '#!/bin/sh\ncat >&2\nprintf "\\n[GNUPG:] SIG_CREATED x\\n" >&2\necho signature\n'
+    signer = str(repo.write("../signer", text, mode=0o755))
+    for key in ("author.email=author@example.invalid", f"gpg.program={signer}", "commit.gpgSign=1"):
+        repo.git("config", *key.split("="))
+    report = repo.run(*ISSUE, agent=agent(NEW), env={"GIT_COMMITTER_NAME": "Eve"}).report
+    told = repo.git("log", "-1", "--format=%an %ae %cn %ce %P %T", "agent/issue").split()
+    assert told[:4] == ["Ada", "author@example.invalid", "Eve", "ada@example.invalid"]
+    assert told[4:] == [report["base"], report["tree"]]
+    assert "gpgsig signature" in repo.git("cat-file", "commit", "agent/issue")
+    message = repo.git("log", "-1", "--format=%B", "agent/issue")
+    assert message.split("\n")[0] == report["proposal"]["title"]
+    bad = r"@\w|#\d|\bgh-\d|!\d|://\S+/\d|\[[^]\n]*\b(skip|no)\b.*\]|[\x00-\x09\x0b-\x1f\u202e]"
+    assert not re.search(bad, message, re.IGNORECASE)
+    assert re.search(bad, title, re.IGNORECASE) or message.split("\n")[0] == title
+
+
+FILTER = "git config filter.f.clean 'sed s/mine/theirs/'; echo calc.py filter=f > .gitattributes"
+SIDE = "$(git commit-tree HEAD^{tree} -m side)"
+IN_THE_WAY = {
+    "edit": "echo mine=1 >> test_calc.py",
+    "staged file": "echo mine=1 > staged.py; git add staged.py",
+    "untracked file": "echo mine > new.py",
+    "untracked file for a folder": "echo mine > pkg",
+    "untracked folder for a file": "mkdir new.py; touch new.py/mine",
+    "ignored folder for a file": "echo new.py/ > .git/info/exclude; mkdir new.py; touch new.py/x",
+    "dangling link": "ln -s nowhere new.py",
+    "edit hidden by a flag": "git update-index --assume-unchanged calc.py; echo mine=1 >> calc.py",
+    "edit hidden by a filter": f"{FILTER}; echo theirs=1 > calc.py; git add -A; git commit -qm x; "
+    "echo mine=1 > calc.py; git add calc.py",
+    "merge": f"git merge -q -s ours --no-commit --allow-unrelated-histories {SIDE}",
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_switch_never_overwrites(repo: Repository, agent: Any, name: str) -> None:
+    paste(IN_THE_WAY[name], repo.path)
+    before = repo.state()
+    result = repo.run(*ISSUE, agent=agent(EDIT))
+    assert result.report["branch"] == "agent/issue", result.err
+    assert any("HEAD" in mention for mention in result.report["mentions"])
+    paste(printed(result)["drop it"], repo.path)
+    assert repo.state() == before
+    assert (name == "merge") == (repo.path / ".git/MERGE_HEAD").exists()
+
+
+@pytest.mark.parametrize("head", ["main", "--detach"])
+def test_clean_checkout_is_switched(repo: Repository, agent: Any, head: str) -> None:
+    repo.git("switch", "-q", head)
+    repo.write("notes.txt", "untracked, in nobody's way")
+    repo.write(".git/hooks/pre-commit", "#!/bin/sh\n")  # never run, since not executable
+    before = repo.state()
+    result = repo.run(*ISSUE, agent=agent(EDIT))
+    assert repo.git("branch", "--show-current") == "agent/issue"
+    assert repo.git("status", "--porcelain") == "?? notes.txt"
+    assert not any("hooks" in mention for mention in result.report["mentions"])
+    paste(printed(result)["drop it"], repo.path)
+    assert repo.state() == before
+
+
+@pytest.mark.parametrize("what", ["switch -q -c elsewhere", "commit -q --allow-empty -m mine"])
+def test_checkout_that_moved_is_left(repo: Repository, agent: Any, what: str) -> None:
+    """As a person does it beside the run: with a Git that knows nothing of the run."""
+    words = ["env", "-i", f"PATH={os.environ['PATH']}", "git", "-C", str(repo.path), *what.split()]
+    report = repo.run(*ISSUE, agent=agent(f"{EDIT}\nos.system({shlex.join(words)!r})\n")).report
+    assert report["outcome"] == "proposed" and any("moved" in m for m in report["mentions"])
+    assert repo.git("branch", "--show-current") == ("elsewhere" if "switch" in what else "main")
+    assert repo.git("status", "--porcelain") == ""
+    assert repo.git("rev-parse", "agent/issue^") == report["base"]
+
+
+def test_switch_that_fails_half_way_is_taken_back(repo: Repository, agent: Any) -> None:
+    fails_here = f'test "$(pwd -P)" != {shlex.quote(str(repo.path.resolve()))} && cat'
+    for key, value in (("smudge", fails_here), ("clean", "cat"), ("required", "true")):
+        repo.git("config", f"filter.picky.{key}", value)
+    repo.write(".gitattributes", "*.big filter=picky\n")
+    repo.commit()
+    repo.write("notes.txt", "untracked")
+    before, paths = repo.state(), set(repo.path.glob("*"))
+    work = EDIT + 'open("pkg/n.big", "w").write("x")\nopen("zz.py", "w").write("1\\n")\n'
+    result = repo.run(*ISSUE, agent=agent(work))
+    assert result.report["branch"] == "agent/issue", result.err
+    assert any("HEAD" in m and "taken back" in m for m in result.report["mentions"])
+    assert repo.git("status", "--porcelain") == "?? notes.txt"
+    paste(printed(result)["drop it"], repo.path)
+    assert (repo.state(), set(repo.path.glob("*"))) == (before, paths)  # no empty folder is left
 
 
 TITLE = 'Say "it\'s" & done'
-QUOTED = "Say%20%22it%27s%22%20%26%20done"
-
-
-class Layout(NamedTuple):
-    """A repository's remotes and branches, and the one command after the push that is right for it."""
-
-    remotes: dict[str, str]
-    push: str
-    then: list[str]  # words of the command, or an address to open
-    config: dict[str, str] = {}  # noqa: RUF012
-    refs: tuple[str, ...] = ()  # remote-tracking branches that are known
-    default: str = ""  # the remote's own default branch
-    branch: str = "main"
-    base: str | None = None
-    files: tuple[str, ...] = ()
-
-
-def web(form: str) -> list[str]:
-    return ["python3", "-m", "webbrowser", form]
-
-
 GITHUB, FORK = "https://github.com/org/r.git", "git@github.com:ada/r.git"
-GITLAB, CODEBERG = "ssh://git@gitlab.example:2222/g/s/r.git", "git@codeberg.org:org/r.git"
-MERGE = "-/merge_requests/new?merge_request%5Bsource_branch%5D=agent%2Fx&merge_request%5Btarget_branch%5D=main"
-MERGE += f"&merge_request%5Btitle%5D=Draft%3A%20{QUOTED}"
-FORM = f"agent/x?expand=1&title={QUOTED}"
-PUSH = "git push -u origin agent/x"
-TO_FORK = "git push -u fork agent/x"
-LAYOUTS = {
-    "github": Layout({"origin": GITHUB}, PUSH, web(f"https://github.com/org/r/compare/main...{FORM}")),
-    "gitlab": Layout({"origin": GITLAB}, PUSH, web(f"https://gitlab.example/g/s/r/{MERGE}")),
-    "codeberg": Layout({"origin": CODEBERG}, PUSH, web(f"https://codeberg.org/org/r/compare/main...{FORM}")),
-    "unknown forge": Layout({"origin": "https://git.example/o/r"}, PUSH, web("https://git.example/o/r")),
-    "forge told by its files": Layout(
-        {"origin": "https://git.example/o/r"}, PUSH, web(f"https://git.example/o/r/{MERGE}"), files=(".gitlab-ci.yml",)
-    ),
-    "no forge": Layout({"origin": "/srv/git/r.git"}, PUSH, []),
-    "one remote of another name": Layout({"it's": "/srv/r.git"}, "git push -u 'it'\"'\"'s' agent/x", []),
-    "fork and upstream": Layout(
-        {"origin": FORK, "upstream": GITHUB}, PUSH, web(f"https://github.com/org/r/compare/main...ada:{FORM}")
-    ),
-    "push default": Layout(
-        {"origin": GITHUB, "fork": FORK},
-        TO_FORK,
-        web(f"https://github.com/org/r/compare/main...ada:{FORM}"),
-        config={"remote.pushDefault": "fork", "branch.main.remote": "origin"},
-    ),
-    "push remote of the branch": Layout(
-        {"origin": GITHUB, "fork": FORK, "other": "/srv/r.git"},
-        TO_FORK,
-        web(f"https://github.com/org/r/compare/main...ada:{FORM}"),
-        config={"remote.pushDefault": "other", "branch.main.pushRemote": "fork", "branch.main.remote": "origin"},
-    ),
-    "fork at gitlab": Layout(
-        {"origin": "git@gitlab.com:ada/r.git", "upstream": "git@gitlab.com:g/s/r.git"},
-        PUSH,
-        web(f"https://gitlab.com/ada/r/{MERGE}"),
-    ),
-    "upstream on another host": Layout(
-        {"origin": CODEBERG, "upstream": GITHUB}, PUSH, web(f"https://codeberg.org/org/r/compare/main...{FORM}")
-    ),
-    "push address of its own": Layout(
-        {"origin": "https://git.example/o/r"},
-        PUSH,
-        web(f"https://codeberg.org/o/r/compare/main...{FORM}"),
-        config={"remote.origin.pushurl": "git@codeberg.org:o/r.git"},
-    ),
-    "shorthand address": Layout(
-        {"origin": "gh:org/r"},
-        PUSH,
-        web(f"https://github.com/org/r/compare/main...{FORM}"),
-        config={"url.https://github.com/.insteadOf": "gh:"},
-    ),
-    "local branch": Layout(
-        {"origin": GITHUB},
-        PUSH,
-        web(f"https://github.com/org/r/compare/trunk...{FORM}"),
-        refs=("origin/trunk", "origin/other"),
-        default="trunk",
-        branch="mine",
-    ),
-    "branch that the remote has": Layout(
-        {"origin": GITHUB},
-        PUSH,
-        web(f"https://github.com/org/r/compare/v1%232...{FORM}"),
-        refs=("origin/main", "origin/v1#2"),
-        branch="v1#2",
-    ),
-    "tracked under another name": Layout(
-        {"origin": GITHUB},
-        PUSH,
-        web(f"https://github.com/org/r/compare/release/1...{FORM}"),
-        refs=("origin/main", "origin/release/1"),
-        branch="mine",
-        config={"branch.mine.remote": "origin", "branch.mine.merge": "refs/heads/release/1"},
-    ),
-    "base that was asked for": Layout(
-        {"origin": GITHUB},
-        PUSH,
-        web(f"https://github.com/org/r/compare/release...{FORM}"),
-        refs=("origin/main", "origin/release"),
-        base="origin/release",
-    ),
-    "on a proposal": Layout(
-        {"origin": GITHUB},
-        PUSH,
-        web(f"https://github.com/org/r/compare/master...{FORM}"),
-        refs=("origin/master", "origin/agent/old"),
-        branch="agent/old",
-    ),
+COMPARE = "https://github.com/org/r/compare/"
+FORKED = f"origin={GITHUB} fork={FORK} remote.pushDefault=fork"
+LAYOUTS = {  # what the repository has; how the address of the form starts; the branch in it
+    "GitHub": (f"origin={GITHUB}", COMPARE, "agent/x"),
+    "GitHub, ssh": ("origin=ssh://git@ssh.github.com:443/org/r.git", COMPARE, "agent/x"),
+    "GitHub, scp-like": ("origin=git@github.com:org/r", COMPARE, "agent/x"),
+    "login in the address": ("origin=https://me:t0ken@github.com/org/r/", COMPARE, "agent/x"),
+    "GitLab": ("origin=ssh://git@gitlab.x:22/g/s/r", "https://gitlab.x/g/s/r/-/merge_r", "agent/x"),
+    "Forgejo": ("origin=git@codeberg.org:o/r.git", "https://codeberg.org/o/r/compare/", "agent/x"),
+    "unknown host": ("origin=https://git.example/o/r.git", "https://git.example/o/r", ""),
+    "a folder": ("its=/srv/r.git", "", ""),
+    "fork, upstream": (f"origin={FORK} upstream={GITHUB}", COMPARE, "ada:agent/x"),
+    "upstream elsewhere": (f"origin={GITHUB} upstream=git@codeberg.org:o/r", COMPARE, "agent/x"),
+    "push default": (f"{FORKED} branch.main.remote=origin", COMPARE, "ada:agent/x"),
+    "asked-for base": (f"origin={GITHUB} --base=origin/v1", f"{COMPARE}v1...", "agent/x"),
 }
-
-
-def steps_of(layout: Layout, repo: Repository, body: Path) -> list[tuple[str, str]]:
-    """The printed commands for a proposal `agent/x` in a repository like this."""
-    for name in layout.files:
-        repo.write(name, "")
-        repo.commit()
-    for name, address in layout.remotes.items():
-        repo.git("config", f"remote.{name}.url", address)
-    for key, value in layout.config.items():
-        repo.git("config", key, value)
-    for ref in layout.refs:
-        repo.git("update-ref", f"refs/remotes/{ref}", "HEAD")
-    if layout.default:
-        repo.git("symbolic-ref", "refs/remotes/origin/HEAD", f"refs/remotes/origin/{layout.default}")
-    repo.git("checkout", "-q", "-B", layout.branch)
-    settings = agent_runner.Settings("issue-to-pr", base=layout.base)
-    run = agent_runner.Run(settings, agent_runner.find_repo(repo.path), agent_runner.Console())
-    run.issue = agent_runner.Issue(TITLE, TITLE, "x", 0)
-    run.forge = agent_runner.find_forge(run.repo)
-    return agent_runner.proposal_commands(run, "agent/x", body)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_commands_fit_the_remote(name: str, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", os.path.dirname(shutil.which("git") or ""))  # no forge's own program
-    layout = LAYOUTS[name]
-    steps = [command for _, command in steps_of(layout, repo, Path("pr.md"))]
-    assert steps[0] == layout.push
-    assert [shlex.split(step) for step in steps[1:]] == ([layout.then] if layout.then else [])
-
-
-PROGRAMS = {
-    "github": ["gh", "pr", "create", "--draft", "--repo", "github.com/org/r", "--head", "agent/x", "--base", "main"],
-    "gitlab": [
-        "glab",
-        "mr",
-        "create",
-        "--draft",
-        "--repo",
-        "https://gitlab.example/g/s/r",
-        "--source-branch",
-        "agent/x",
-    ],
-    "codeberg": ["tea", "pr", "create", "--repo", "org/r", "--head", "agent/x", "--base", "main", "--title"],
-    "fork and upstream": ["gh", "pr", "create", "--draft", "--repo", "github.com/org/r", "--head", "ada:agent/x"],
-    "fork at gitlab": ["glab", "mr", "create", "--draft", "--repo", "https://gitlab.com/g/s/r", "--head", "ada/r"],
-}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_forges_own_program_gets_a_draft_with_title_and_text_as_they_are(
-    name: str, repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, body = '`x` "quoted" $(touch /tmp/no) it\'s\n\n| a |\n', tmp_path / "it's a record" / "pr.md"
-    body.parent.mkdir()
-    body.write_text(text, encoding="utf-8")
-    (tmp_path / "bin").mkdir()
-    for program in ("gh", "glab", "tea"):
-        script = tmp_path / "bin" / program
-        script.write_text(f"#!{sys.executable} -S\nimport json, sys\nprint(json.dumps(['{program}', *sys.argv[1:]]))\n")
-        script.chmod(0o755)
-    monkeypatch.setenv("PATH", os.pathsep.join((str(tmp_path / "bin"), os.environ["PATH"])))
-    step, command = steps_of(LAYOUTS[name], repo, body)[-1]
-    assert step == "open a draft"
-    words = json.loads(subprocess.run(["sh", "-ec", command], capture_output=True, check=True).stdout)
-    assert words[: len(PROGRAMS[name])] == PROGRAMS[name]
-    draft = {"gh": TITLE, "glab": TITLE, "tea": f"WIP: {TITLE}"}[words[0]]
-    assert words[words.index("--title") + 1] == draft
-    told = words[words.index("--body-file" if words[0] == "gh" else "--description") + 1]
-    assert (Path(told).read_text(encoding="utf-8") if words[0] == "gh" else told + "\n") == text
-
-
-def test_without_a_remote_the_commands_tell_how_to_add_one(repo: Repository) -> None:
-    steps = steps_of(Layout({}, "", []), repo, Path("pr.md"))
-    assert [command for _, command in steps] == ["git remote add origin ADDRESS", PUSH]
-
-
-@pytest.mark.parametrize(
-    ("text", "title", "reference"),
-    [
-        ("# Crash\n\nSee https://github.com/o/r/issues/12 for more.\n", "Crash", "https://github.com/o/r/issues/12"),
-        (
-            "# Crash\n\nhttps://gitlab.example:8443/g/s/r/-/issues/3\n",
-            "Crash",
-            "https://gitlab.example:8443/g/s/r/-/issues/3",
-        ),
-        ("# Crash (#12)\n\nIt crashes.\n", "Crash (#12)", "#12"),
-        ("title:\tCrash\nstate:\tOPEN\nnumber:\t12\n--\n# Steps\n\nRun it.\n", "Crash", "#12"),
-        ("title:\tCrash\nstate:\topen\nlabels:\t\n--\nRun it.\n", "Crash", ""),
-        ("# #12 Crash\n", "#12 Crash", "#12"),
-        ("# Crash that fixes #7, as in\n\nnumber: 7\n", "Crash that fixes #7, as in", ""),
-    ],
-)
-def test_text_refers_to_the_issues_own_number_or_address(tmp_path: Path, text: str, title: str, reference: str) -> None:
-    file = tmp_path / "issue.md"
-    file.write_text(text, encoding="utf-8")
-    issue = agent_runner.read_issue(str(file))
-    assert (issue.title, issue.reference) == (title, reference)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "@everyone", "a @team/core", "Fixes #1", "closes o/r#12", "resolve GH-3", "gh-3", "see !4",
-        "Fixes https://github.com/o/r/issues/1", "Closes: http://gitlab.example/g/r/-/issues/2",
-        "[skip ci] x", "x [ci skip]", "[No CI]", "[skip-ci]", "[skip actions]",
-    ],
-)  # fmt: skip
-def test_nothing_in_a_commit_message_pings_closes_or_skips(text: str) -> None:
-    done = agent_runner.harmless(text)
-    assert not re.search(r"@\w|#\d|\bgh-\d|!\d|://\S+/\d|\[(skip|ci|no)", done, re.IGNORECASE)
-
-
-def test_ordinary_text_of_a_commit_message_stays_as_it_is() -> None:
-    text = "Add [notes] for @ and #, https://example.org/a; nothing else!"
-    assert agent_runner.harmless(text) == text
-
-
-# A repository in which every name and text is hostile.
-
-HOSTILE = "Fix ``it`` <img src=x onerror=alert(1)> @everyone Fixes #1 [skip ci] | **b** \x1b[31m \u202e $(id) 'q' \"q\""
-NAMES = ["-rf", 'it\'s "q" $(id).txt', "a|b`c``d`.md", "a\\|b.md", "<b>@all Fixes #2</b>.txt", "@team/tick`"]
-HOSTILE_AGENT = f"""
-import pathlib
-for name in {NAMES!r}:
-    path = pathlib.Path(name)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("x\\n")
-pathlib.Path("test_odd.py").write_text('''import pytest
-
-
-@pytest.mark.parametrize("x", ["`a` | <b>x</b> @all Fixes #3 ::error::\\\\n", "--flag"])
-def test_odd(x):
-    assert x
-''')
-"""
-PLACE = "it's here"
-BRANCH = 'it\'s-"quoted"&|`-#1'
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Any, Repository]:
-    """A proposal made and pushed, as printed, in a repository where everything is hostile: app, result, remote."""
-    folder = tmp_path_factory.mktemp("hostile")
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, folder / "home")
-        app, remote = small_app(folder / 'it\'s "an" app'), Repository(folder / "re mote's.git")
-        app.write(f"{PLACE}/issue.md", f"# {HOSTILE}\n\n@everyone ``` </details>\n")
-        app.commit()
-        app.git("switch", "-q", "-c", BRANCH)
-        subprocess.run(["git", "init", "-q", "--bare", str(remote.path)], check=True)
-        app.git("remote", "add", "it's|origin", str(remote.path))
-        agent = folder / "agent.py"
-        agent.write_text(HOSTILE_AGENT, encoding="utf-8")
-        words = ("issue-to-pr", "issue.md", "--json", "--gate", "pytest -q", "--gate", f"{CHEAP_GATE} '`|`'")
-        result = app.run(*words, agent=shlex.join([sys.executable, "-S", str(agent)]), cwd=PLACE)
-    assert result.status == 0, result.err
-    return app, result, remote
+def machine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for PATH that holds all of this machine's programs, those of forges aside."""
+    place = tmp_path_factory.mktemp("bin")
+    for folder in os.get_exec_path():
+        for file in Path(folder).glob("*"):
+            if file.name not in ("gh", "glab", "tea") and not os.path.lexists(place / file.name):
+                (place / file.name).symlink_to(file)
+    return str(place)
 
 
-def pull_request(result: Any) -> str:
-    return Path(result.report["proposal"]["body_file"]).read_text(encoding="utf-8")
+def proposed(repo: Repository, agent: Any, layout: str, path: str) -> Result:
+    options = [item for item in layout.split() if item.startswith("--")]
+    for key, value in (item.split("=") for item in layout.split() if item not in options):
+        repo.git("config", key if "." in key else f"remote.{key}.url", value)
+    for ref in ("main", "v1"):
+        repo.git("update-ref", f"refs/remotes/origin/{ref}", "HEAD")
+    repo.write("../x.md", f"# {TITLE}\n")
+    words = ("issue-to-pr", "../x.md", *CHEAP, "--json", *options)
+    result = repo.run(*words, agent=agent(NEW), env={"PATH": path})
+    assert result.report["branch"] == "agent/x", result.err
+    return result
 
 
-def outside_code(markdown: str) -> str:
-    """What of a Markdown text is no code: what a forge would render, link or act on (CommonMark 4.5, 6.1)."""
-    text = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "BLOCK", markdown, flags=re.DOTALL | re.MULTILINE)
-    return "\n".join(re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "CODE", line) for line in text.split("\n"))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_commands_fit_the_remote(repo: Repository, agent: Any, machine: str, name: str) -> None:
+    layout, start, head = LAYOUTS[name]
+    result = proposed(repo, agent, layout, machine)
+    steps = printed(result)
+    assert [*steps.values()] == result.report["proposal"]["commands"]
+    remote = {"a folder": "its", "push default": "fork"}.get(name, "origin")
+    assert steps["push it"] == f"git push -u {remote} agent/x"
+    form = shlex.split(steps.get("open the form", ""))
+    assert form[:-1] == (["python3", "-m", "webbrowser"] if start else [])
+    address = unquote(form[-1]) if form else ""
+    assert address.startswith(start) and "@" not in address
+    assert re.search(rf"[/.=]{head}([?&]|$)", address) if head else address == start
+    assert start != COMPARE or f"title={TITLE}" in address
 
 
-def test_hostile_text_stays_in_its_place_in_the_pull_requests_text(hostile: tuple[Repository, Any, Repository]) -> None:
-    text = pull_request(hostile[1])
-    words = set(re.findall(r"[^\W\d_]{2,}", re.sub(r"`[0-9a-f]{40}`", "", outside_code(text))))
-    ours = """No proposal What was asked Look at this first Evidence check result time command passed Attempts Guard
-    withheld refused by Git the kernel Judged tree as commit on Files file change lines added changed Check it yourself
-    The third prints that judged CODE BLOCK fails cannot run without and passes with
-    Nothing stood out so too it proves nothing"""
-    assert words <= set(ours.split()), words - set(ours.split())
-    assert not re.search(r"[<>@]|#\d|!\d", outside_code(text))
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
-    assert not re.search(r"(fixes|closes)\W+#\d", text, re.IGNORECASE)
+@pytest.mark.parametrize("name", ["GitHub", "fork, upstream", "GitLab", "Forgejo"])
+def test_forges_program_gets_a_draft(repo: Repository, agent: Any, machine: str, name: str) -> None:
+    text = f"#!{sys.executable} -S\nimport json, pathlib, sys\n"
+    text += "print(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]))\n"
+    for program in ("gh", "glab", "tea"):
+        repo.write(f"../bin/{program}", text, mode=0o755)
+    path = f"{repo.path.parent / 'bin'}{os.pathsep}{machine}"
+    layout, _, head = LAYOUTS[name]
+    result = proposed(repo, agent, layout, path)
+    step = printed(result)["open a draft"]
+    tool, _, verb, *words = json.loads(paste(step, repo.path, os.environ | {"PATH": path}))
+    assert (tool, verb) == ({"GitLab": "glab", "Forgejo": "tea"}.get(name, "gh"), "create")
+    told = dict(pairwise(words))
+    assert told["--source-branch" if tool == "glab" else "--head"] == head
+    assert re.sub("^WIP: ", "", told["--title"]) == TITLE
+    assert told["--title"].startswith("WIP: ") or "--draft" in words  # tea has no such option
+    text = Path(told["--body-file"]).read_text() if tool == "gh" else told["--description"]
+    assert text.rstrip() == Path(result.report["proposal"]["body_file"]).read_text().rstrip()
 
 
-def test_hostile_names_leave_every_table_whole(hostile: tuple[Repository, Any, Repository]) -> None:
-    rows = [line for line in pull_request(hostile[1]).split("\n") if line.startswith("|")]
-    cells = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
-    assert len(rows) == 2 + 3 + 2 + len(NAMES) + 1
-    assert cells == [6] * 5 + [5] * (2 + len(NAMES) + 1)
-    for name in ("-rf", 'it\'s "q" $(id).txt', "@team/tick`", r"a\|b`c``d`.md"):
-        assert any(f"{name} " in row or f"{name}`" in row for row in rows), name
+@pytest.mark.parametrize("kind", ["switched", "not switched", "kept"])
+def test_printed_commands_work_as_pasted(agent: Any, tmp_path: Path, kind: str) -> None:
+    """Also in a folder and on a branch whose names need quoting."""
+    app, bare = small_app(tmp_path / 'it\'s "an" app'), Repository(tmp_path / "re mote's.git")
+    place = app.write("it's here/issue.md", "# Triple it\n").parent
+    subprocess.run(["git", "init", "-q", "--bare", str(bare.path)], check=True)
+    if kind == "not switched":
+        app.git("remote", "add", "it's|origin", str(bare.path))
+    app.commit()
+    app.git("branch", "my-issue")
+    app.git("switch", "-q", "-c", 'it\'s-"quoted"&|`-#1')
+    ours = ("refs/heads", "refs/agent-runner")
+    before = app.git("for-each-ref", *ours), app.git("symbolic-ref", "HEAD")
+    more = {"switched": (), "not switched": ("--no-switch",), "kept": ("--gate", RED)}[kind]
+    result = app.run(*ISSUE, *more, agent=agent(NEW), cwd=place.name)
+    steps = printed(result)
+    assert (app.git("symbolic-ref", "HEAD") == before[1]) == (kind != "switched")
+    assert "+x = 1" in paste(steps["look at it"], place)
+    if kind == "kept":
+        paste(steps["take it over"], place)
+        assert app.git("branch", "--show-current") == "my-issue-2"
+        assert app.tree("HEAD") == result.report["tree"] and app.git("status", "-s") == ""
+        paste("git switch -q - && git branch -q -D my-issue-2", place)
+    else:
+        if kind == "switched":
+            paste(steps["add a remote"].replace("ADDRESS", shlex.quote(str(bare.path))), place)
+        paste(steps["push it"], place)
+        assert bare.git("for-each-ref", "--format=%(refname)") == "refs/heads/agent/issue"
+        assert bare.tree("agent/issue") == result.report["tree"]
+    paste(steps["drop it"], place)
+    assert (app.git("for-each-ref", *ours), app.git("symbolic-ref", "HEAD")) == before
 
 
-def test_hostile_title_makes_a_harmless_commit_message(hostile: tuple[Repository, Any, Repository]) -> None:
-    app, result, _ = hostile
-    message = app.git("log", "-1", "--format=%B", result.report["branch"])
-    subject, blank, *body = message.split("\n")
-    assert subject == result.report["proposal"]["title"] and blank == "" and body
-    assert subject.startswith("Fix ``it`` <img src=x onerror=alert(1)> (at)everyone Fixes no. 1")
-    assert not re.search(r"@\w|#\d|\[skip|[\x00-\x09\x0b-\x1f\u202e]", message)
-    assert app.git("log", "-1", "--format=%an <%ae> %cn", result.report["branch"]) == "Ada <ada@example.invalid> Ada"
-    assert app.git("rev-parse", f"{result.report['branch']}^") == result.report["base"]
-
-
-def test_hostile_names_make_a_report_that_fits_the_schema(hostile: tuple[Repository, Any, Repository]) -> None:
-    assert list(misfits(hostile[1].report, SCHEMA)) == []
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", hostile[1].err)
-
-
-def test_printed_commands_work_in_a_hostile_repository(hostile: tuple[Repository, Any, Repository]) -> None:
-    app, result, remote = hostile
-    printed = dict(re.findall(r"^  ([a-z ]+): +(git .*)$", result.err, re.MULTILINE))
-    for step in ("look at it", "push it", "drop it"):
-        subprocess.run(["sh", "-ec", printed[step]], cwd=app.path / PLACE, check=True, capture_output=True)
-    assert remote.tree(result.report["branch"]) == result.report["tree"]
-    assert app.git("branch", "--show-current") == BRANCH
-    assert app.git("for-each-ref", "refs/heads/agent") == ""
-
-
-def test_reviewer_can_check_it_as_the_text_says(hostile: tuple[Repository, Any, Repository], tmp_path: Path) -> None:
-    app, result, remote = hostile
-    subprocess.run(
-        ["git", "push", "-q", "it's|origin", f"{result.report['commit']}:refs/heads/x"], cwd=app.path, check=True
-    )
-    subprocess.run(["git", "clone", "-q", str(remote.path), str(tmp_path / "clone")], check=True, capture_output=True)
-    block = re.search(r"## Check it yourself\n.*?```sh\n(.*?)```", pull_request(result), re.DOTALL)
-    assert block
-    done = subprocess.run(["sh", "-ec", block[1]], cwd=tmp_path / "clone", capture_output=True, check=False)
-    out = done.stdout.decode()
-    assert done.returncode == 0, done.stderr.decode()
-    assert out.split("\n")[0] == result.report["tree"]
-    assert "+++ b/it's here/a|b`c``d`.md" in out and "2 passed" in out
-
-
-def test_names_that_no_one_can_check_out_are_rejected_and_told_on_one_line(repo: Repository, agent: Any) -> None:
-    bad = agent("import os\nfor name in (b'new\\nline', b'\\xff', b'\\x1b[2Jx'):\n    open(name, 'w').close()\n")
-    result = repo.run("issue-to-pr", "issue.md", "--json", "--no-baseline", "--gate", CHEAP_GATE, agent=bad)
-    assert result.status == 1, result.err
-    assert list(misfits(result.report, SCHEMA)) == []
-    json.dumps(result.report, ensure_ascii=False).encode()  # no half of a character
-    assert len([finding for finding in result.report["findings"] if finding["kind"] == "path"]) == 3
-    assert "\x1b" not in result.err
-    text = (Path(result.report["record"]) / "pr.md").read_text(encoding="utf-8")
-    assert text.startswith("**No proposal:** rejected (exit 1). `")
-    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
-
-
-def test_new_test_that_the_gate_never_ran_is_told(repo: Repository, agent: Any) -> None:
-    repo.write("pytest.ini", "[pytest]\ntestpaths = test_calc.py\n")
+@switching
+def test_hooks_are_told_and_can_be_run(repo: Repository, agent: Any, words: Words) -> None:
+    folder = ".husky" if words else ".git/hooks"
+    for hook in ("pre-commit", "commit-msg"):
+        repo.write(f"{folder}/{hook}", f"#!/bin/sh\necho {hook} >> ../ran\n", mode=0o755)
+    repo.git("config", "core.hooksPath", "/dev/null")
     repo.commit()
-    result = repo.run("issue-to-pr", "issue.md", "--json", "--no-baseline", "--gate", "pytest -q", agent=agent(TRIPLE))
-    assert [(finding["kind"], finding["path"]) for finding in result.report["findings"]] == [
-        ("not-run", "test_triple.py")
-    ]
-    assert "`test_triple.py` `a new test file that no gate command ran" in pull_request(result)
+    repo.git("config", "core.hooksPath", folder)
+    ran, result = repo.path.parent / "ran", repo.run(*ISSUE, *words, agent=agent(NEW))
+    assert not ran.exists()
+    (mention,) = (m for m in result.report["mentions"] if "hooks" in m)
+    paste(re.findall(r"(?:git switch|git commit).*", mention)[0], repo.path)
+    assert ran.read_text().split() == ["pre-commit", "commit-msg"]
+    assert repo.tree("agent/issue") == result.report["tree"]
+    assert "Signed-off-by: Ada" in repo.git("log", "-1", "--format=%B", "agent/issue")
 
 
-UNRULY = """
-import pathlib
-real = pathlib.Path(REAL)
-git = real / ".git"
-(git / "HEAD").write_text("ref: refs/heads/it's-mine\\n")
-(git / "refs/heads/it's-mine").write_text((git / "refs/heads/main").read_text())
-(git / "refs/heads/link").write_text("ref: refs/heads/main\\n")
-(git / "refs/heads/gone").unlink()
-(git / "refs/heads/moved").write_text((git / "refs/heads/main").read_text())
-(git / "config").write_text((git / "config").read_text() + "[alias]\\n\\tx = !id\\n")
-(git / "hooks/pre-push").unlink()
-(git / "hooks/it's mine").write_text("#!/bin/sh\\n")
-(git / "refs/heads/bro ken").write_text("nonsense")
-"""
-
-
-def test_each_printed_undo_puts_one_thing_back(repo: Repository, agent: Any) -> None:
-    repo.git("tag", "first")
-    for branch in ("gone", "moved"):
-        repo.git("branch", branch)
-    repo.write(".git/hooks/pre-push", "#!/bin/sh\nexit 0\n", mode=0o755)
-    repo.commit("second")
-    before = repo.state()
-    unruly = agent(f"REAL = {str(repo.path)!r}\n{UNRULY}")
-    words = ("issue-to-pr", "issue.md", "--json", "--no-baseline", "--sandbox", "off", "--gate", CHEAP_GATE)
-    result = repo.run(*words, agent=unruly)
-    assert result.status == 5, result.err
-    undo = [moved["undo"] for moved in result.report["moved"]]
-    assert len(undo) == 9, undo
-    for command in undo:
-        assert f"\n    {command}\n" in result.err
-        subprocess.run(["sh", "-ec", command], cwd=repo.path, check=True)
-    assert repo.state() == before
-    assert os.access(repo.path / ".git/hooks/pre-push", os.X_OK)
-
-
-def test_work_taken_over_twice_gets_a_second_name(repo: Repository, agent: Any) -> None:
-    wrong = agent("import pathlib\npathlib.Path('calc.py').write_text('x')\n")
-    words = ("issue-to-pr", "issue.md", "--no-baseline", "--gate", f"{shlex.quote(sys.executable)} -S -c 1/0")
-    for name in ("my-issue", "my-issue-2"):
-        printed = re.search(r"take it over: +(git .*)", repo.run(*words, agent=wrong).out)
-        assert printed
-        subprocess.run(["sh", "-ec", printed[1]], cwd=repo.path, check=True, capture_output=True)
-        assert repo.git("branch", "--show-current") == name
-        repo.git("switch", "-q", "main")
+@pytest.mark.parametrize("words", ["--gate=ruff", "--gate=ruff --no-switch", ""])
+def test_rewrite_by_the_gate_is_a_patch(repo: Repository, agent: Any, words: str) -> None:
+    repo.write("ruff.toml", "fix = true\n")
+    repo.commit()
+    work = agent('open("new.py", "w").write("import os\\nx = 1\\n")\n')
+    words = words.replace("=ruff", "='ruff check .'")
+    result = repo.run(*ISSUE[:-2], *shlex.split(words), agent=work)
+    assert result.status == 0 and repo.git("show", "agent/issue:new.py") == "import os\nx = 1"
+    assert Path(result.report["record"], "rewritten.patch").is_file()
+    (mention,) = (m for m in result.report["mentions"] if "rewrote" in m)
+    paste(mention.rpartition(": ")[2], repo.path)
+    assert (repo.path / "new.py").read_text() == "x = 1\n"
