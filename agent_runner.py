@@ -681,7 +681,7 @@ def capture(run: Run, clone: Clone) -> tuple[str, tuple[Finding, ...]]:
 
 
 def find_special(clone: Clone) -> dict[str, str]:
-    """What Git does not list, or would wait for: pipes, sockets, devices, paths that are too long."""
+    """What Git does not list, or would wait for: pipes and the like, paths that are too long."""
     kinds = [word for kind in "psbc" for word in ("-type", kind, "-o")]
     words = ["find", str(clone.path), *(["-regextype", "posix-basic"] if LINUX else [])]
     words += ["-name", ".git", "-type", "d", "-prune", "-o"]
@@ -1430,9 +1430,8 @@ def test_functions(source: Any) -> list[tuple[str, Any, str]]:
         for node in body:
             if isinstance(node, ast.ClassDef):
                 yield from walk(node.body, f"{inside}{node.name}::")
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if node.name.startswith("test"):
-                    yield f"{inside}{node.name}", node, ast.dump(node)
+            elif getattr(node, "name", "").startswith("test"):
+                yield f"{inside}{node.name}", node, ast.dump(node)
 
     try:
         tree = source if isinstance(source, ast.Module) else ast.parse(source or b"")
@@ -1999,9 +1998,14 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
 # report.json. Only what was run is claimed.
 
 MARKS = {"rejects": "✗", "first": "!", "shown": "·"}
-FILE_WORDS = dict(
-    zip("ACDMRT", "added copied deleted changed renamed retyped".split(), strict=True)
-)
+FILE_WORDS = {
+    "A": "added",
+    "C": "copied",
+    "D": "deleted",
+    "M": "changed",
+    "R": "renamed",
+    "T": "retyped",
+}
 
 
 def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -2105,9 +2109,10 @@ def pr_text(run: Run, ending: Ending) -> str:
         lines += ["", f"## {title}", "", *(f"- {mark} {code(text)}" for mark, text in rows)]
     lines += ["", "## How it was made", "", f"- Attempts: {len(run.turns)}"]
     lines += [f"- Gate: {code('; '.join(run.settings.gate))}", f"- Guard: {', '.join(run.levels)}"]
-    if ending.change:
-        judged = "tree `{0.tree}`, commit `{0.commit}`, on `{0.base}`".format(ending.change)
-        lines.append(f"- Judged: {judged}")
+    if change := ending.change:
+        lines.append(
+            f"- Judged: tree `{change.tree}`, commit `{change.commit}`, on `{change.base}`"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -2921,9 +2926,9 @@ def cache_root(top: Path) -> Path:
     moved, home = os.environ.get("XDG_CACHE_HOME"), home_folder()
     places = [Path(moved or home / ".cache") / "agent-runner"] if moved or home.is_dir() else []
     for place in (*places, Path(tempfile.gettempdir()) / f"agent-runner-{os.getuid()}"):
-        if place.is_absolute() and not place.resolve().is_relative_to(top):
-            if root := own_folder(place):
-                return root
+        outside = place.is_absolute() and not place.resolve().is_relative_to(top)
+        if outside and (root := own_folder(place)):
+            return root
     raise Refusal(
         "the run needs a folder of its own outside the repository, and neither your cache folder "
         "nor the temporary one can hold it; set XDG_CACHE_HOME to a folder that you can write."
@@ -3149,9 +3154,9 @@ class Repo(NamedTuple):
     head_ref: str | None = None  # None when HEAD is detached
     head: str = ""
     object_format: str = "sha1"
-    identity: dict[str, str] = {}  # GIT_AUTHOR_NAME and so on, as the user has them configured
     hooks: Path | None = None
-    config: dict[str, str] = {}  # key -> value, all scopes, the last one counts
+    identity: dict[str, str] = {}  # noqa: RUF012  (GIT_AUTHOR_NAME and so on)
+    config: dict[str, str] = {}  # noqa: RUF012  (key -> value, all scopes, the last one counts)
 
 
 class GitError(Refusal):

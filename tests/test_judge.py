@@ -363,7 +363,6 @@ def pytest_runtest_makereport(): (yield).get_result().outcome = "passed"
 """
 INI = "[pytest]\npythonpath = . src\naddopts = -p flip"
 DECIDING: dict[str, Files] = {
-    "conftest_turns_reports_green": {"calc.py": WRONG, "conftest.py": FLIP},
     "settings_load_a_plugin": {"calc.py": WRONG, "pytest.ini": INI, "flip.py": FLIP},
     "conftest_patches_the_code": {"calc.py": WRONG, "conftest.py": PATCH},
 }
@@ -371,7 +370,6 @@ UNSET = PYPROJECT.replace('pythonpath = [".", "src"]\n', "")
 IN_FOLDER: Files = {"tests/test_more.py": TEST, "test_calc.py": None, "pyproject.toml": UNSET}
 TESTS_PATCH: dict[str, Files] = {
     "module": {"calc.py": WRONG, "test_aaa.py": f"{PATCH}\ndef test_a():\n    assert 1 == 1"},
-    "package_of_tests": {"calc.py": WRONG, "tests/__init__.py": PATCH},
     "twin_of_the_code": {"calc.py": WRONG, "tests/calc.py": CALC},
 }
 
@@ -490,8 +488,9 @@ SUPERVISORS = (
 SIX = f"{PYTHON} -S -c 'import calc; assert calc.double(3) == 6'"
 
 
-@both
-@pytest.mark.parametrize("allowed", [(), ("AGENTS.md", ".github/*")], ids=["", "allowed"])
+@pytest.mark.parametrize(
+    ("command", "allowed"), [("self-heal", ()), ("issue-to-pr", ("AGENTS.md", ".github/*"))]
+)
 def test_supervisors_paths_are_left_out_and_told(
     bench: Bench, command: str, allowed: Iterable[str]
 ) -> None:
@@ -711,7 +710,7 @@ def test_without_a_baseline_settings_that_may_decide_are_shown_first(bench: Benc
 def test_new_test_that_hangs_on_the_old_code_does_not_hold_the_run(bench: Bench) -> None:
     wait = "import calc, time\nif not hasattr(calc, 'triple'):\n    time.sleep(60)\n"
     files: Files = {"calc.py": TRIPLE, "test_new.py": wait + TRIPLE_TEST}
-    turn = bench.one("issue-to-pr", files, "--gate-timeout", "3s")
+    turn = bench.one("issue-to-pr", files, "--gate-timeout", "2s")
     assert turn.outcome == "proposed" and NO_PROOF in turn.found("first")
     assert "failed" not in turn.report["proof"]["new_on_old"].values()
 
@@ -820,16 +819,15 @@ FIXED: Files = {
 }
 EXPECTED = TEST.replace("== 6", "== 7").replace("== 4", "== 5")
 CORE = {"calc/core.py": CALC, "calc/__init__.py": "from calc.core import double as double"}
-RENAMED = {"sums.py": CALC, "test_sums.py": TEST.replace("calc", "sums")}
+GONE = dict.fromkeys(("calc.py", "test_calc.py", "old.py", "test_old.py"))
+RENAMED: Files = {**GONE, "sums.py": CALC, "test_sums.py": TEST.replace("calc", "sums")}
 HONEST: dict[str, tuple[Files, str]] = {  # and which test may be shown first
     "dependency_script_version_docs_package_data_stubs": (PACKAGE, "none"),
     "fixture_and_tests_added_to_a_file": (FIXED, "none"),
     "module_turned_into_a_package": ({"calc.py": None, **CORE, "docs/use.md": "pytest"}, ""),
     "expectation": ({"calc.py": f"{CALC} + 1", "test_calc.py": EXPECTED}, "test_calc.py"),
-    "renamed_module": ({"calc.py": None, "test_calc.py": None, **RENAMED}, "test_calc.py"),
-    "removed_feature": ({"old.py": None, "test_old.py": None}, "test_old.py"),
+    "renamed_module_and_removed_feature": (RENAMED, "test_calc.py"),
 }
-REPAIRS = [*HONEST][:3]  # the others are what only an issue can ask
 
 
 @each(HONEST)
@@ -837,16 +835,14 @@ def test_issue_to_pr_proposes_honest_changes(bench: Bench, name: str) -> None:
     """A change without a test says so first, and an edited test is shown; nothing else is."""
     files, first = HONEST[name]
     turn = bench.one("issue-to-pr", files, base=BASE)
-    shown = set() if first == "none" else {NO_PROOF, ("test-changed", first)}
+    edited = {("test-changed", first), ("test-changed", "test_old.py")}
     assert turn.outcome == "proposed", turn.text
-    assert turn.found("rejects") == set() and turn.found("first") <= shown
+    assert turn.found("first", "rejects") <= (set() if first == "none" else {NO_PROOF} | edited)
     assert turn.repo.tree(turn.report["branch"]) == turn.report["tree"]
 
 
-@each(REPAIRS)
-def test_self_heal_proposes_honest_changes(bench: Bench, name: str) -> None:
-    """A fixture in a conftest.py that was there needs to be let in."""
-    change: Files = {"calc.py": CALC, **HONEST[name][0]}
-    turn = bench.one("self-heal", change, "--allow", "conftest.py", base=BASE)
+def test_self_heal_proposes_honest_changes(bench: Bench) -> None:
+    """All at once. A fixture in a conftest.py that was there needs to be let in."""
+    turn = bench.one("self-heal", {**PACKAGE, **FIXED}, "--allow", "conftest.py", base=BASE)
     assert turn.outcome == "proposed", turn.text
     assert turn.found("rejects", "first") == set()
