@@ -589,6 +589,7 @@ def read_change(run: Run) -> Change | None:
     ignored = tuple(path for path in ignored_files(run, clone) if path not in run.ignored)
     files = read_files(private, base, whole)
     there = {file.old_path for file in files if file.status != "A"}
+    merged = []
     for path in sorted({path for file in files for path in (file.path, file.old_path)}):
         if is_supervisors(path):
             why = "it steers tools or agents, which is the supervisor's"
@@ -598,10 +599,20 @@ def read_change(run: Run) -> Change | None:
             continue
         if not is_allowed(run, path):
             what = "was put back as it was" if path in there else "was left out"
+            new = (
+                private.file(f"{whole}:{path}") if path.endswith(MERGED) and path in there else None
+            )
+            if new is not None:
+                kept = merge_settings(private.file(f"{base}:{path}") or b"", new)
+                if kept == new:  # it changes only what the code needs
+                    continue
+                merged.append(new_entry(private, path, kept))
+                what = "was put back, but for what the code needs"
             again = command_line(run, run.settings.command, "--allow", path)
             detail = f"{what}: {why}. To let it in: {again}"
             put_back.append(Finding("put-back", path, None, "shown", detail))
     tree = with_paths_of(private, whole, base, {finding.path for finding in put_back})
+    tree = build_tree(private, tree, merged)
     files = read_files(private, base, tree) if put_back else files
     commit = private.commit(tree, run.base, commit_message(run), sign=True)
     return Change(run.base, commit, tree, files, whole, (*left_out, *put_back), ignored)
@@ -864,6 +875,8 @@ def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check
         if commit != run.base:  # a formatter, say: its correction is kept as a patch
             words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
             run.rewritten = run.private(*words, clone=clone, check=False)
+            new = zsplit(run.private("ls-files", "-oz", "--exclude-standard", clone=clone))
+            run.planted = [p for p in new if is_setting(run, p) and not is_among(p, run.lent)]
         return checks
 
 
@@ -1052,7 +1065,7 @@ def weigh(
     reason, fault = check.reason, check.fault
     if against:
         listed = "; ".join(f"{name} {became}" for name, became in list(against.items())[:10])
-        reason = f"{len(against)} of {len(now)} tests count against it: {listed}"
+        reason = f"{len(against)} test{'s' if len(against) > 1 else ''} against it: {listed}"
         fault = fault or "tests"
     return check._replace(passed=False, reason=reason, fault=fault), against, notes
 
@@ -1249,6 +1262,10 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
     verdict: Verdict = answers["gate"]
     originals, findings = answers["base"]
     findings = [*change.left_out, *answers["facts"], *findings]
+    for path in run.planted:
+        text = "was written by the code while it was judged, and it steers the checks."
+        severity = "rejects" if run.is_repair else "first"
+        findings.append(Finding("planted", path, None, severity, text))
     proof: dict[str, Tests] = {"new_on_old": {}, "old_on_new": originals, "contradicted": {}}
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
@@ -1288,8 +1305,14 @@ def make_plan(run: Run, change: Change) -> Plan:
 def ask_base_judge(run: Run, change: Change, plan: Plan) -> tuple[Tests, list[Finding]]:
     """Is the change's code green under the base's tests and settings? Where it is not, an edited
     test may explain that; a setting, a conftest.py or a new test module may not."""
-    asked = plan.edited or plan.settings or (plan.added and (run.is_repair or run.settings.strict))
-    if not asked or run.baseline is None:
+    if run.baseline is None:
+        text = "steers the checks; with --no-baseline it was not asked what they say without that."
+        return {}, [
+            Finding("judge-changed", path, None, "first", text) for path in sorted(plan.settings)
+        ]
+    if not (
+        plan.edited or plan.settings or (plan.added and (run.is_repair or run.settings.strict))
+    ):
         return {}, []
     settings_back = with_base_settings(run, change, plan)
     others = (
@@ -1318,30 +1341,30 @@ def ask_base_judge(run: Run, change: Change, plan: Plan) -> tuple[Tests, list[Fi
 
 
 def unlike_base(run: Run, tree: str) -> dict[str, Any]:
-    """Tests that passed at the base and do not in this tree, twice; and what became of them."""
+    """Tests that passed at the base (in a repair: all) and do not in this tree, twice."""
     found: dict[str, Any] = {}
     for known in run.baseline.checks if run.baseline else ():
-        wanted = [n for n, o in by_function(known.tests).items() if o == "passed"]
-        words = split_command(known.command, "--gate") if wanted else []
-        words = with_options(words, "--continue-on-collection-errors", "--maxfail=0")
+        asked = ("passed", *BAD) if run.is_repair else ("passed",)
+        wanted: dict[str, Any] = {n: o for n, o in by_function(known.tests).items() if o in asked}
         for _ in range(2):
             if wanted:
+                words = split_command(known.command, "--gate")
+                words = with_options(words, "--continue-on-collection-errors", "--maxfail=0")
                 check = run_in_tree(run, tree, known.command, words)
-                now = by_function(check.tests)
-                wanted = [n for n in wanted if now.get(n) != "passed" and check.fault != "setup"]
-                found |= {n: now.get(n) for n in wanted}
-        found = {
-            n: o
-            for n, o in found.items()
-            if n in wanted or known.tests is None or n not in known.tests
-        }
+                now = by_function(check.tests) if check.fault != "setup" else wanted
+                now |= {
+                    n: "passed" for n in wanted if "::" not in n and n not in now
+                }  # collected now
+                wanted = {n: now.get(n) for n in wanted if now.get(n) != "passed"}
+        found |= wanted
     return found
 
 
 def unlike_base_settings(run: Run, tree: str) -> str:
     """The commands that are red with the base's settings and the change's tests, twice."""
-    commit = run.private.commit(tree, run.base, "With the base's settings\n")
-    commands = tuple(c.command for c in run.baseline.checks if c.passed) if run.baseline else ()
+    commit = run.private.commit(tree, run.base, commit_message(run))
+    known = run.baseline.checks if run.baseline else ()
+    commands = tuple(check.command for check in known if check.passed or run.is_repair)
     red: list[Check] = []
     for _ in range(2):
         checks = run_gate(run, commit, commands) if commands else ()
@@ -1353,7 +1376,7 @@ def unlike_base_settings(run: Run, tree: str) -> str:
 
 
 def run_in_tree(run: Run, tree: str, command: str, words: Sequence[str], limit: float = 0) -> Check:
-    commit = run.private.commit(tree, run.base, "A question of the judge's\n")
+    commit = run.private.commit(tree, run.base, commit_message(run))  # as in the proposal
     with clean_checkout(run, commit) as (clone, ready):
         return run_check(run, clone, command, words=words, limit=limit) if ready.passed else ready
 
@@ -1402,8 +1425,12 @@ def with_base_settings(run: Run, change: Change, plan: Plan) -> str:
 
 
 def merge_settings(old: bytes, new: bytes) -> bytes:
-    needed = [text for head, text in tables(new) if NEEDED.match(head)]
-    return b"".join([*(t for head, t in tables(old) if not NEEDED.match(head)), b"\n", *needed])
+    tools = {head: b"" for head, _ in tables(old) if not NEEDED.match(head)}
+    for head, text in tables(old):
+        if head in tools:
+            tools[head] += text
+    kept = [text if NEEDED.match(head) else tools.pop(head, b"") for head, text in tables(new)]
+    return b"".join([*kept, *tools.values()])
 
 
 def tables(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -1459,53 +1486,91 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
 
 
 def contradicted(source: bytes | None, names: set[str]) -> bytes:
-    """A module in which each named test expects the opposite: the literal that its last `assert`
-    compares with is altered; where there is none, its body ends in `assert 0`."""
+    """A module in which each named test expects the opposite.
+
+    Of what its last `assert` compares with by ==, `is` or a call such as isclose, a literal is
+    altered and anything else replaced; what should raise does nothing; else it ends in `assert 0`.
+    """
     import ast
 
     try:
         tree = ast.parse(source or b"")
         for name, node, _ in test_functions(tree):
-            literal, returns = compared_literal(node), (ast.Return, ast.Raise)
-            if name in names and literal:
-                literal.value = opposite(literal.value)
-            elif name in names:
-                leaves = any(isinstance(part, returns) for part in ast.walk(node))
+            if name in names and not contradict_last(node):
+                leaves = any(isinstance(part, (ast.Return, ast.Raise)) for part in ast.walk(node))
                 node.body.insert(0 if leaves else len(node.body), ast.parse("assert 0").body[0])
         return ast.unparse(tree).encode("utf-8", "surrogatepass")
     except UNREADABLE:
         return b""
 
 
-def compared_literal(function: Any) -> Any:
-    """The last literal that an `assert` of a test compares with by == or `is`; None without one."""
+def contradict_last(function: Any) -> bool:
+    """Turn the last comparison of a test into its opposite; False where it has none."""
     import ast
 
-    def sides(body: Iterable[Any]) -> Iterator[Any]:
-        for node in body:
-            test = getattr(node, "test", None) if isinstance(node, ast.Assert) else None
-            called = getattr(node, "value", None)
-            if isinstance(node, (ast.With, ast.AsyncWith, ast.For)):
-                yield from sides(node.body)
-            elif isinstance(test, ast.Compare) and isinstance(test.ops[-1], (ast.Eq, ast.Is)):
-                yield from (test.left, *test.comparators)
-            elif getattr(getattr(called, "func", None), "attr", "") in ("assertEqual", "assertIs"):
-                yield from called.args[:2]  # type: ignore[union-attr]
+    raising = [node for node in function.body if isinstance(node, ast.With) and expects_error(node)]
+    for sides in reversed(list(comparisons(function.body))):
+        for number in reversed(range(len(sides))):
+            if literal := literal_in(sides[number]):
+                literal.value = opposite(literal.value)
+                return True
+        sides[-1] = ast.parse("object()").body[0].value  # type: ignore[attr-defined]
+        return True
+    for node in raising:
+        node.body = [ast.Pass()]
+    return bool(raising)
 
-    def literal(node: Any) -> Any:
-        if isinstance(node, ast.Constant) and node.value is not Ellipsis:
-            return node
-        inner: list[Any] = []
-        if isinstance(node, (ast.List, ast.Tuple, ast.Dict)):
-            inner = getattr(node, "elts", getattr(node, "values", []))
-        elif isinstance(node, ast.UnaryOp):
-            inner = [node.operand]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "approx":
-            inner = node.args[:1]
-        return next((found for part in reversed(inner) if (found := literal(part))), None)
 
-    found = (literal(side) for side in reversed(list(sides(function.body))))
-    return next(filter(None, found), None)
+def name_of(called: Any) -> str:
+    return str(
+        getattr(
+            getattr(called, "func", None), "attr", getattr(getattr(called, "func", None), "id", "")
+        )
+    )
+
+
+def expects_error(node: Any) -> bool:
+    return any(re.search("raises|warns", name_of(item.context_expr), re.I) for item in node.items)
+
+
+def comparisons(body: Iterable[Any]) -> Iterator[list[Any]]:
+    """What the asserts of a test compare, as lists of the tree's own that can be written to."""
+    import ast
+
+    for node in body:
+        test = node.test if isinstance(node, ast.Assert) else getattr(node, "value", None)
+        if isinstance(node, ast.For) or (
+            isinstance(node, (ast.With, ast.AsyncWith)) and not expects_error(node)
+        ):
+            yield from comparisons(node.body)
+        elif isinstance(node, ast.Assert) and isinstance(test, ast.Compare):
+            if isinstance(test.ops[-1], (ast.Eq, ast.Is)):
+                yield (
+                    [test.left]
+                    if literal_in(test.left) and not literal_in(test.comparators[-1])
+                    else test.comparators
+                )
+        elif isinstance(test, ast.Call) and re.search(
+            r"close|equal$|assertIs$", name_of(test), re.I
+        ):
+            if len(test.args) > 1:
+                yield test.args
+
+
+def literal_in(node: Any) -> Any:
+    """The last literal of a value that is written out, as the tree's own node."""
+    import ast
+
+    inner: list[Any] = []
+    if isinstance(node, ast.Constant) and node.value is not Ellipsis:
+        return node
+    if isinstance(node, (ast.List, ast.Tuple, ast.Dict)):
+        inner = getattr(node, "elts", getattr(node, "values", []))
+    elif isinstance(node, ast.UnaryOp):
+        inner = [node.operand]
+    elif isinstance(node, ast.Call) and name_of(node) == "approx":
+        inner = node.args[:1]
+    return next((found for part in reversed(inner) if (found := literal_in(part))), None)
 
 
 def opposite(value: Any) -> Any:
@@ -1514,7 +1579,7 @@ def opposite(value: Any) -> Any:
         return ... if value is None else not value
     if isinstance(value, (str, bytes)):
         return value + (b"!" if isinstance(value, bytes) else "!")  # type: ignore[operator]
-    return value * 2 + 1
+    return value * 2 + 1 if value * 2 + 1 != value else 0  # infinity
 
 
 def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
@@ -1594,7 +1659,13 @@ def show_bite(run: Run, plan: Plan, proof: dict[str, Tests], passed: set[str]) -
             text = "is a new test file that no gate command ran."
             found.append(Finding("no-proof", path, None, "first", text))
     if not shows and not run.is_repair:
-        why = "its tests could not be run without it" if plan.biting else "no test fails without it"
+        judged = plan.added | plan.edited | plan.settings
+        why = (
+            "what it changes among the tests was not run without it"
+            if judged
+            else "no test fails without it"
+        )
+        why = "its tests could not be run without it" if plan.biting else why
         why = "its tests pass without it, too" if tried else why
         if run.baseline is None and not plan.biting:
             why = "it brings none, and with --no-baseline no other was asked"
@@ -3027,7 +3098,7 @@ class Run:
         self.baseline: Verdict | None = None
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
-        self.rewritten = ""
+        self.rewritten, self.planted = "", list[str]()  # by the gate, in its own checkout
         self.before: Snapshot | None = None
         self.edits: dict[str, str] = {}
         self.moved: list[Moved] = []
