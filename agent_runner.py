@@ -1260,13 +1260,15 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         facts=lambda: find_facts(run, change),
     )
     verdict: Verdict = answers["gate"]
-    originals, findings = answers["base"]
-    findings = [*change.left_out, *answers["facts"], *findings]
+    findings = [*change.left_out, *answers["facts"]]
+    findings += compare_with_base(run, change, plan, verdict, *answers["base"])
+    known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
+    originals = {n: answers["base"][0].get(n) or "passed" for n in known if answers["base"][2]}
+    proof: dict[str, Tests] = {"new_on_old": {}, "old_on_new": originals, "contradicted": {}}
     for path in run.planted:
         text = "was written by the code while it was judged, and it steers the checks."
         severity = "rejects" if run.is_repair else "first"
         findings.append(Finding("planted", path, None, severity, text))
-    proof: dict[str, Tests] = {"new_on_old": {}, "old_on_new": originals, "contradicted": {}}
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
         proof["contradicted"] = {n: o for n, o in answers["bite"].items() if n in passed}
@@ -1302,42 +1304,61 @@ def make_plan(run: Run, change: Change) -> Plan:
 # The second question: the base's own judge.
 
 
-def ask_base_judge(run: Run, change: Change, plan: Plan) -> tuple[Tests, list[Finding]]:
-    """Is the change's code green under the base's tests and settings? Where it is not, an edited
-    test may explain that; a setting, a conftest.py or a new test module may not."""
-    if run.baseline is None:
-        text = "steers the checks; with --no-baseline it was not asked what they say without that."
-        return {}, [
-            Finding("judge-changed", path, None, "first", text) for path in sorted(plan.settings)
-        ]
-    if not (
-        plan.edited or plan.settings or (plan.added and (run.is_repair or run.settings.strict))
-    ):
-        return {}, []
+def ask_base_judge(
+    run: Run, change: Change, plan: Plan
+) -> tuple[dict[str, Any], list[Check], bool]:
+    """Is the change's code green under the base's tests and settings? The tests and the commands
+    that are not; and whether it was asked at all."""
+    asked = plan.edited or plan.settings or (plan.added and (run.is_repair or run.settings.strict))
+    if not asked or run.baseline is None:
+        return {}, [], False
     settings_back = with_base_settings(run, change, plan)
     others = (
         {path for path in plan.settings if not path.endswith(MERGED)} | plan.edited | plan.added
     )
     tests_back = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), others)
-    bad = unlike_base(run, tests_back)
+    red = unlike_base_settings(run, settings_back) if plan.settings else []
+    return unlike_base(run, tests_back), red, True
+
+
+def compare_with_base(
+    run: Run,
+    change: Change,
+    plan: Plan,
+    verdict: Verdict,
+    bad: dict[str, Any],
+    red: list[Check],
+    asked: bool,
+) -> list[Finding]:
+    """Where the base's judge disagrees, an edited test may explain that; a setting, a conftest.py
+    or a new test module that decides the verdict may not."""
+    if run.baseline is None:
+        text = "steers the checks; with --no-baseline it was not asked what they say without that."
+        return [
+            Finding("judge-changed", path, None, "first", text) for path in sorted(plan.settings)
+        ]
+    now, green = all_functions(verdict), {check.command for check in verdict.checks if check.passed}
     helpers = any(not TEST_MODULE.search(path) for path in plan.edited)
     explained = {n for n in bad if not run.is_repair and (helpers or file_of(n) in plan.edited)}
-    known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
-    originals = {name: bad.get(name) or "passed" for name in known}
-    findings = edited_tests(change, plan, explained)
-    reason = "; ".join(f"{name} {BECAME[bad[name]]}" for name in sorted(bad.keys() - explained)[:5])
-    if plan.settings and not reason:
-        reason = unlike_base_settings(run, settings_back)
+    findings = edited_tests(change, plan, explained) if asked else []
+    told = [
+        f"{n} {BECAME[bad[n]]}"
+        for n in sorted(bad)
+        if n not in explained and now.get(n) == "passed"
+    ]
+    told += [f"{check.command} is red ({check.reason})" for check in red if check.command in green]
     culprits = sorted(plan.settings) or sorted(plan.added) or sorted(plan.edited)
-    if reason:
+    if told:
         more = f" (or {', '.join(culprits[1:4])})" if culprits[1:] else ""
         allow = " ".join(f"--allow {shlex.quote(path)}" for path in culprits[:4])
-        text = f"decides the verdict{more}: with what the base has in its place, {reason}. "
-        text += f"If that is meant, let it in: {allow}"
-        return originals, [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
+        text = f"decides the verdict{more}: with what the base has in its place, "
+        text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
+        return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
     text = "steers the checks and was changed; they are green without that, too."
-    told = [Finding("judge-changed", path, None, "shown", text) for path in sorted(plan.settings)]
-    return originals, findings + told
+    quiet = plan.settings if verdict.is_green else ()
+    return findings + [
+        Finding("judge-changed", path, None, "shown", text) for path in sorted(quiet)
+    ]
 
 
 def unlike_base(run: Run, tree: str) -> dict[str, Any]:
@@ -1360,7 +1381,7 @@ def unlike_base(run: Run, tree: str) -> dict[str, Any]:
     return found
 
 
-def unlike_base_settings(run: Run, tree: str) -> str:
+def unlike_base_settings(run: Run, tree: str) -> list[Check]:
     """The commands that are red with the base's settings and the change's tests, twice."""
     commit = run.private.commit(tree, run.base, commit_message(run))
     known = run.baseline.checks if run.baseline else ()
@@ -1372,7 +1393,7 @@ def unlike_base_settings(run: Run, tree: str) -> str:
             c for c in checks if not c.passed and c.fault not in ("tests", "collection", "setup")
         ]
         commands = commands if red else ()
-    return "; ".join(f"{check.command} is red ({check.reason})" for check in red)
+    return red
 
 
 def run_in_tree(run: Run, tree: str, command: str, words: Sequence[str], limit: float = 0) -> Check:
@@ -1550,11 +1571,10 @@ def comparisons(body: Iterable[Any]) -> Iterator[list[Any]]:
                     if literal_in(test.left) and not literal_in(test.comparators[-1])
                     else test.comparators
                 )
-        elif isinstance(test, ast.Call) and re.search(
-            r"close|equal$|assertIs$", name_of(test), re.I
+        elif re.search(r"close|equal$|assertIs$", name_of(test), re.I) and getattr(
+            test, "args", None
         ):
-            if len(test.args) > 1:
-                yield test.args
+            yield test.args  # type: ignore[union-attr]
 
 
 def literal_in(node: Any) -> Any:

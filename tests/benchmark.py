@@ -1,8 +1,8 @@
 """What the supervision costs on this machine: python tests/benchmark.py [--quick]
 
 Prints a table of medians with the aim of each row: whole runs beside their bare gate, the time
-until the agent starts (beside `git worktree add`), and the supervisor's memory. Everything happens in a
-temporary folder, with a HOME of its own. ruff and pytest must be on PATH.
+until the agent starts (beside `git worktree add`), and the supervisor's memory. Everything happens
+in a temporary folder, with a HOME of its own. ruff and pytest must be on PATH.
 """
 
 from __future__ import annotations
