@@ -12,7 +12,7 @@ The agent never works in your repository: it gets a disposable clone, the worksp
 never works where the agent did: the change is read out of the workspace by Git running in a
 directory that the agent cannot reach, and the gate runs in another clone, the clean checkout, of
 exactly that tree. A branch is made in one place only, `propose_pr`. Nothing in this file merges or
-pushes.
+pushes: that is for a person who has read the proposal.
 
 Read the section "flows" first. Both flows end, on every way, in `propose_pr` or in `hand_over`;
 the sections after it say how each step is done, in the order in which they are taken.
@@ -204,7 +204,9 @@ class Ending(NamedTuple):
 
 # ------------------------------------------------------------------------------------------ flows
 # Both commands, from their start to their end. A branch is made by `propose_pr` alone, and only for
-# a tree that the judge found green. `hand_over` keeps the agent's work and leaves it to a person.
+# a tree that the judge found green. `hand_over` keeps the agent's work, if there is any, and leaves
+# it to a person. Both look first whether anything of the user's was moved: then the outcome is
+# rule-broken. A signal or an error on the way ends in `hand_over` too (see `supervise`).
 
 
 def issue_to_pr(run: Run) -> Ending:
@@ -230,9 +232,10 @@ def self_heal(run: Run) -> Ending:
     make_workspace(run)
     with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
         run.baseline = verdict = judge_tree(run, run.base)
-        ended("the base is green" if verdict.is_green else "the base is red, and red again")
+        colour = "red once, then green" if verdict.notes else "green"
+        ended(f"the base is {colour if verdict.is_green else 'red, and red when asked again'}")
     if verdict.is_green and verdict.notes:
-        message = f"the failure is flaky ({'; '.join(verdict.notes[:3])}); handed to a person"
+        message = f"{'; '.join(verdict.notes[:3])}: find out why; an agent would mend it by chance"
         return hand_over(run, "gave-up", message, verdict)
     if verdict.is_green:
         message = "the gate is green at the base; there is nothing to repair"
@@ -307,6 +310,8 @@ def read_issue(name: str) -> Issue:
             data = handle.read(ISSUE_LIMIT + 1)
     except OSError as error:
         remedy = "give the path of a Markdown file, or - for standard input"
+        if re.fullmatch(r"#?\d+|https?://\S+", name):
+            remedy = f"try: gh issue view {name.strip('#')} | python3 agent_runner.py issue-to-pr -"
         raise Refusal(f"{what} cannot be read ({error.strerror}); {remedy}.") from None
     if len(data) > ISSUE_LIMIT:
         raise Refusal(f"{what} is larger than 1 MiB; cut it down to the task.")
@@ -314,8 +319,9 @@ def read_issue(name: str) -> Issue:
     if not text.strip():
         raise Refusal(f"{what} is empty; write down what is to be done.")
     told = re.match(r"title:[ \t]*(.+)\n(?:[a-z]+:.*\n)+--\n", text)  # as gh and glab print it
-    heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", text, re.M)
-    title = one_line(heading[1] if heading else text.strip().split("\n")[0], 120)
+    heading = told or re.search(r"^ {0,3}#{1,6}[ \t]+(\S.{0,500})", text, re.MULTILINE)
+    first = heading[1] if heading else text.strip().split("\n")[0]
+    title = one_line(re.sub(r"[ \t]+#+$", "", first[:500].rstrip()), 120)  # a heading may be closed
     address = re.search(r"https?://[\w.-]+(?::\d+)?/[\w./-]+/issues/\d+", text)
     own = re.match(r"(?:issue )?#(\d+)\b|.*\(#(\d+)\)$", title, re.I)
     number = re.search(r"^number:[ \t]*(\d+)$", told[0], re.M) if told else own
@@ -401,21 +407,18 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
 
 
 def make_workspace(run: Run) -> None:
-    """Note how everything was before the agent, and make the clone that it works in."""
     with run.console.step("the workspace is made: a disposable clone of the base"):
-        run.before = take_snapshot(run)
+        run.before, private = take_snapshot(run), run.private
         clone = run.workspace = new_clone(run, "workspace", run.base)
         check = set_up(run, clone)
         if not check.passed:
             raise Refusal(f"{check.reason}\n{telling_lines(check.output)}".strip())
-        run.workspace_tree = run.private.tree_of(run.base)
-        config = run.private.config.keys() & {"core.autocrlf", "core.eol"}
-        places = [run.private.dir / name for name in ("attributes", "info/attributes")]
-        config |= {str(p) for p in places if p.exists() and p.stat().st_size}
-        patterns = ("--", ".gitattributes", "*/.gitattributes")
-        changed = run.settings.setup or run.settings.carry or config
-        if changed or run.private("ls-files", *patterns, clone=clone):
-            run.private("read-tree", run.base, clone=clone)  # without file times: read them all
+        run.workspace_tree = private.tree_of(run.base)
+        noisy = private.config.keys() & {"core.autocrlf", "core.eol"}
+        noisy |= {str(p) for p in private.dir.rglob("attributes") if p.stat().st_size}
+        asked = ("ls-files", "--", ".gitattributes", "*/.gitattributes")
+        if run.settings.setup or run.settings.carry or noisy or private(*asked, clone=clone):
+            private("read-tree", run.base, clone=clone)  # without file times: read them all
             run.workspace_tree, _ = capture(run, clone)
             run.ignored = ignored_files(run, clone)
 
@@ -423,38 +426,29 @@ def make_workspace(run: Run) -> None:
 def set_up(run: Run, clone: Clone) -> Check:
     """Bring along what the user carries, and run the setup commands.
 
-    The user's environments are read-only. A setup that fails on that is tried once more without
-    them: `uv sync` and `npm ci` then make their own, and that one counts.
+    The user's environments are read-only. A setup that fails is tried once more without them: `uv
+    sync` and `npm ci` then make their own, and that one counts.
     """
-    check = Check("setup", "", True, "passed")
     for path in run.settings.carry:
-        target = clone.path / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source, into = run.repo.top / path, target if target.is_dir() else target.parent
-        words = ["cp", "-RPp", f"{source}/." if into == target else source, into]
-        status, _, err = (1, b"", b"a link is in the way") if follows_link(target) else call(words)
-        if status:
-            said = one_line(err.decode("utf-8", "replace"))
-            return Check("carry", "--carry", False, f"--carry {path!r} cannot be copied: {said}")
-    ways = (True,) if run.makes_own or not run.bwrap else (False, True) if run.lent else (False,)
-    for (
-        alone
-    ) in ways:  # a link to the user's would be written through, so without the kernel: alone
+        place = clone.path / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if follows_link(place) or call(["cp", "-RPp", run.repo.top / path, place.parent])[0]:
+            return Check("carry", "--carry", False, f"--carry {path} cannot be copied")
+    # A link to the user's would be written through, so without the kernel they are never there.
+    for alone in (True,) if run.makes_own or not run.bwrap else (False, True):
         clone.lend(run, environments=not alone)
-        for command in run.settings.setup:
-            check = run_check(run, clone, command, role="setup")
-            if not check.passed:
-                break
-        if check.passed:
+        checks = (run_check(run, clone, command, role="setup") for command in run.settings.setup)
+        failed = next((check for check in checks if not check.passed), None)
+        if not failed:
             run.makes_own = alone and bool(run.bwrap)
             clone.lend(run, environments=not run.makes_own)
-            return check
-    reason = f"--setup {check.command!r} failed: {check.reason}"
-    if re.search(r"read-only|EROFS|permission denied|externally-managed", check.output, re.I):
-        own = ".venv/bin/python -m pip install -e . pytest ruff"
-        reason += ". It may not write the environment that is there; let it make one of its own: "
-        reason += f"--setup 'python3 -m venv .venv' --setup '{own}'"
-    return check._replace(reason=reason, fault="setup")
+            return Check("setup", "", True, "passed")
+    assert failed
+    reason = f"--setup {failed.command!r} failed: {failed.reason}"
+    if re.search("read-only|EROFS|permission denied|externally-managed", failed.output, re.I):
+        reason += ". Your environment is not written; let it make its own: --setup "
+        reason += "'python3 -m venv .venv' --setup '.venv/bin/python -m pip install pytest ruff'"
+    return failed._replace(reason=reason, fault="setup")
 
 
 # ------------------------------------------------------------------------------------------ agent
@@ -463,7 +457,6 @@ def set_up(run: Run, clone: Clone) -> Check:
 
 
 def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
-    """One turn of the agent: brief, process, change."""
     previous = run.turns[-1] if run.turns else None
     brief = write_brief(run, failure, previous)
     run.note(f"brief-{number}.md", brief)
@@ -472,67 +465,56 @@ def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
     tries = f"attempt {number} of {run.settings.attempts}"
     with run.console.step(f"{tries}: the agent works (at most {limit})") as ended:
         ran = run_agent(run, brief)
-        status = f"the agent ended with status {ran.status}"
-        ended("the agent was stopped at its limit" if ran.timed_out else status)
+        failed = why_failed(run, ran)
+        ended(failed or "the agent ended well")
     run.note(f"agent-{number}.log", ran.output)
-    run.turns[-1] = turn = Turn(number, ran)
-    run.turns[-1] = turn = with_failure(run, turn._replace(change=read_change(run)), previous)
-    for path in turn.change.ignored[:10] if turn.change else ():
+    run.turns[-1] = Turn(number, ran)
+    change, idle = read_change(run), False
+    for path in change.ignored[:10] if change else ():
         run.console.say(
             f"  note: {one_line(path)} is hidden by ignore rules and is no part of this"
         )
-    return turn
-
-
-def with_failure(run: Run, turn: Turn, previous: Turn | None) -> Turn:
-    """The turn with what went wrong in it, if anything did."""
-    ran, change, failed = turn.ran, turn.change, ""
-    if ran.status is None:
-        failed = f"the agent could not be started: {one_line(ran.output)}"
-    elif run.stop.is_set():
-        failed = "the agent was stopped"
-    elif ran.timed_out:
-        failed = f"the agent was ended at its limit of {duration_text(run.settings.agent_timeout)}"
-    elif ran.status != 0:
-        failed = f"the agent ended with status {ran.status}"
-    elif change is None:
-        failed = "the agent removed or replaced its workspace; nothing of it can be read"
-    if failed or change is None:
-        return turn._replace(failed=failed)
     before = (
         previous.change.whole if previous and previous.change else run.private.tree_of(run.base)
     )
-    if change.whole != before:
-        return turn
-    left_out = [finding.path for finding in change.left_out if finding.kind == "left-out"]
-    names = ", ".join(map(one_line, (*change.ignored, *left_out)[:3]))
-    but = f" but what ignore rules hide or no commit can hold: {names}" if names else ""
-    failed = "the agent changed nothing more" if previous else f"the agent changed nothing{but}"
-    return turn._replace(failed=failed, idle=True)
+    if not change:
+        failed = failed or "the agent removed or replaced its workspace; it cannot be read"
+    elif not failed and change.whole == before:
+        failed, idle = f"the agent changed nothing{' more' if previous else ''}", True
+    run.turns[-1] = turn = Turn(number, ran, change, failed, idle)
+    return turn
+
+
+def why_failed(run: Run, ran: Ran) -> str:
+    if ran.status is None:
+        return f"the agent could not be started: {one_line(ran.output)}"
+    if run.stop.is_set():
+        return "the agent was stopped"
+    if ran.timed_out:
+        return f"the agent was ended at its limit of {duration_text(run.settings.agent_timeout)}"
+    return f"the agent ended with status {ran.status}" if ran.status else ""
 
 
 def run_agent(run: Run, brief: str) -> Ran:
-    """Run the agent's command in the workspace, its output shown line by line."""
-    assert run.workspace is not None
+    assert run.workspace
     place, shown = run.folder / "brief.md", 0
     place.write_text(brief, "utf-8", "surrogateescape", newline="\n")
-    agent = simulated_agent(run) if run.settings.simulate else run.agent
-    words = [word.replace("{prompt_file}", str(place)) for word in agent]
-    stdin = None if words != agent or run.settings.simulate else place
+    words = simulated_agent(run) if run.settings.simulate else run.agent
+    filled = [word.replace("{prompt_file}", str(place)) for word in words]
 
     def show(line: str) -> None:
         nonlocal shown
-        before, shown = shown, shown + 1 + len(line) // 300  # a long line counts as several
         run.console.latest = line
         if shown <= 200:
             run.console.theirs("agent", line)
-        elif before <= 200:
-            run.console.say("  … more of its output is in the record")
+            shown += 1 + len(line) // 300  # a long line counts as several
+            if shown > 200:
+                run.console.say("  … more of its output is in the record")
 
-    job = guarded_job(run, run.workspace, words, "agent", run.settings.agent_timeout)
+    job = guarded_job(run, run.workspace, filled, "agent", run.settings.agent_timeout)
     run.console.tell_runner("group::the agent's output")
     try:
-        return run_guarded(run, job._replace(stdin=stdin), show)
+        return run_guarded(run, job._replace(stdin=place if filled == words else None), show)
     finally:
         run.console.tell_runner("endgroup::")
 
@@ -542,17 +524,19 @@ def run_agent(run: Run, brief: str) -> Ran:
 # supervisor's (steers tools and agents: never part of a change), the judge's (tests, and settings
 # that the gate's commands read), or the code. What no commit can hold is left out and told.
 
-SUPERVISORS = (  # beside all paths with a part that starts with a dot
-    *("AGENTS.md", "CLAUDE.md", "GEMINI.md", "agent-config.md", "CODEOWNERS"),
-    *("Jenkinsfile", "azure-pipelines.yml", "bitbucket-pipelines.yml", "appveyor.yml"),
+SUPERVISORS = re.compile(
+    r"(^|/)(\.(?!git(ignore|keep)(/|$))|((AGENTS|CLAUDE|GEMINI|agent-config)\.md|CODEOWNERS"
+    r"|Jenkinsfile|(azure|bitbucket)-pipelines\.yml|appveyor\.yml)$)"
 )
-SETTINGS = (  # beside *.toml, *.ini and *.cfg
-    *("conftest.py", ".gitignore", "Makefile", "GNUmakefile", "makefile", "justfile"),
-    *("noxfile.py", "package.json", "tsconfig.json"),
+SETTINGS = re.compile(
+    r"(^|/)(conftest\.py|\.gitignore|(GNU)?[Mm]akefile|justfile|noxfile\.py"
+    r"|(package|tsconfig)\.json"
+    r"|pytest\.ini|tox\.ini|setup\.cfg|pyproject\.toml|ruff\.toml|mypy\.ini)$"
+    r"|\.dist-info/"  # which can name plug-ins
 )
-TEST_FOLDER = re.compile(r"(^|/)(tests?|specs?|__tests__|testdata)/")
+TEST_FOLDER = re.compile(r"(^|/)(tests?|specs?|__tests__|testdata)/", re.IGNORECASE)
 TEST_MODULE = re.compile(
-    r"(^|/)(test_[^/]*|[^/]*_test|tests)\.py$"
+    r"(^|/)(test_[^/]*|[^/]*_test|tests?)\.py$"
     r"|[^/]*(_test\.go|[._](test|spec)\.[cm]?[jt]sx?|_spec\.rb|Tests?\.(java|kt|cs))$"
 )
 
@@ -574,12 +558,9 @@ class FileChange(NamedTuple):
 
 
 def read_change(run: Run) -> Change | None:
-    """What the agent left, as a change; None where the workspace is no longer ours to read.
-
-    The supervisor's paths are put back, and in self-heal the tests and settings that were there.
-    """
-    clone, private, put_back = run.workspace, run.private, []
-    if clone is None or not is_intact(clone) or not run.workspace_tree:
+    """What the agent left, as a change; None where the workspace is no longer ours to read."""
+    clone, private = run.workspace, run.private
+    if not clone or not is_intact(clone) or not run.workspace_tree:
         return None
     call(["chmod", "-R", "u+rwX", clone.path])  # what an agent has locked
     whole, left_out = capture(run, clone)
@@ -587,41 +568,40 @@ def read_change(run: Run) -> Change | None:
     if run.workspace_tree != base:
         whole = build_tree(private, base, entries_of(private, run.workspace_tree, whole).values())
     ignored = tuple(path for path in ignored_files(run, clone) if path not in run.ignored)
-    files = read_files(private, base, whole)
-    there = {file.old_path for file in files if file.status != "A"}
-    merged = []
-    for path in sorted({path for file in files for path in (file.path, file.old_path)}):
-        if is_supervisors(path):
-            why = "it steers tools or agents, which is the supervisor's"
-        elif run.is_repair and path in there and is_judges(run, path):
-            why = "it judges the repair, and a repair mends code"
-        else:
-            continue
-        if not is_allowed(run, path):
-            what = "was put back as it was" if path in there else "was left out"
-            new = (
-                private.file(f"{whole}:{path}") if path.endswith(MERGED) and path in there else None
-            )
-            if new is not None:
-                kept = merge_settings(private.file(f"{base}:{path}") or b"", new)
-                if kept == new:  # it changes only what the code needs
-                    continue
-                merged.append(new_entry(private, path, kept))
-                what = "was put back, but for what the code needs"
-            again = command_line(run, run.settings.command, "--allow", path)
-            detail = f"{what}: {why}. To let it in: {again}"
-            put_back.append(Finding("put-back", path, None, "shown", detail))
-    tree = with_paths_of(private, whole, base, {finding.path for finding in put_back})
-    tree = build_tree(private, tree, merged)
-    files = read_files(private, base, tree) if put_back else files
+    tree, put_back = put_back_others(run, base, whole)
     commit = private.commit(tree, run.base, commit_message(run), sign=True)
+    files = read_files(private, base, tree)
     return Change(run.base, commit, tree, files, whole, (*left_out, *put_back), ignored)
 
 
+def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]]:
+    """The tree with the supervisor's paths as the base has them, and in self-heal the tests and
+    settings that were there; what was put back is told."""
+    private, back, found = run.private, [], []
+    for path, entry in entries_of(private, whole, base).items():
+        judges = run.is_repair and not entry.startswith("0 ") and is_judges(run, path)
+        if (judges or is_supervisors(path)) and not is_allowed(run, path):
+            back.append(restored(private, base, whole, path, entry) if judges else entry)
+    tree = build_tree(private, whole, back)
+    for path, entry in sorted(entries_of(private, whole, tree).items()):
+        what = "was left out" if entry.startswith("0 ") else "was put back"
+        why = "steers tools or agents" if is_supervisors(path) else "judges the repair"
+        allow = command_line(run, run.settings.command, "--allow", path)
+        text = f"{what}: it {why}. To let it in: {allow}"
+        found.append(Finding("put-back", path, None, "shown", text))
+    return tree, found
+
+
+def restored(private: Git, base: str, tree: str, path: str, entry: str) -> str:
+    """The index entry that puts a path back; of a settings file, what the code needs stays."""
+    new = private.file(f"{tree}:{path}") if path.endswith(MERGED) else None
+    if new is None:
+        return entry
+    return new_entry(private, path, merge_settings(private.file(f"{base}:{path}") or b"", new))
+
+
 def is_supervisors(path: str) -> bool:
-    parts = path.split("/")
-    hidden = any(part.startswith(".") and part not in (".gitignore", ".gitkeep") for part in parts)
-    return hidden or parts[-1] in SUPERVISORS or path == os.environ.get("AGENT_CONFIG")
+    return bool(SUPERVISORS.search(path)) or path == os.environ.get("AGENT_CONFIG")
 
 
 def is_allowed(run: Run, path: str) -> bool:
@@ -634,8 +614,11 @@ def is_allowed(run: Run, path: str) -> bool:
 
 def is_setting(run: Run, path: str) -> bool:
     """Does a gate command take its orders from this file?"""
-    name = path.rsplit("/", 1)[-1]
-    told = name.endswith((".toml", ".ini", ".cfg")) or name in SETTINGS or path in run.gate_files
+    if TEST_MODULE.search(path) or path in run.tested_files:
+        return False
+    told = bool(SETTINGS.search(path)) or path in run.gate_files
+    if not TEST_FOLDER.search(path):  # there, other names are data of tests
+        told = told or path.endswith((".toml", ".ini", ".cfg", ".pth"))
     return told and not is_allowed(run, path)
 
 
@@ -645,97 +628,94 @@ def is_judges(run: Run, path: str) -> bool:
         return False
     if is_setting(run, path) or TEST_MODULE.search(path) or path in run.tested_files:
         return True
+    folders = {os.path.dirname(file) for file in run.tested_files}
+    if path.endswith("__init__.py") and os.path.dirname(path) in folders:
+        return True  # it moves the tests beside it into a package
     if path not in run.sides:
         run.sides[path] = is_among_tests(run, path) or is_test_data(run, path)
     return run.sides[path]
 
 
 def is_among_tests(run: Run, path: str) -> bool:
-    if match := TEST_FOLDER.search(path):
-        names = run.private("ls-tree", "-r", "--name-only", run.base, path[: match.end()]).split(
-            "\n"
-        )
-        modules = [name for name in names if name.endswith(".py")]
-        # django/test is a package that is shipped: it holds modules, and none of them is a test
-        return not modules or any(TEST_MODULE.search(name) for name in modules)
-    return False
+    match = TEST_FOLDER.search(path)
+    if not match:
+        return False
+    words = ("ls-tree", "-rz", "--name-only", run.base, path[: match.end()])
+    modules = [name for name in zsplit(run.private(*words)) if name.endswith(".py")]
+    # django/test is a package that is shipped: it holds modules, and none of them is a test
+    return not modules or any(TEST_MODULE.search(name) for name in modules)
 
 
 def is_test_data(run: Run, path: str) -> bool:
     """Is this a file that tests name and no code does: what they compare with?"""
-    name = path.rsplit("/", 1)[-1]
-    if name.endswith((".py", ".pyi", ".md", ".rst")):
+    words = ("grep", "-lzF", "-e", os.path.basename(path), run.base, "--", "*.py")
+    if path.endswith((".py", ".pyi", ".md", ".rst")) or len(run.sides) > 500:
         return False
-    words = ("grep", "-lz", "-F", "-e", name, run.base, "--", "*.py")
     places = [place.partition(":")[2] for place in zsplit(run.private(*words, check=False))]
     return bool(places) and all(is_judges(run, place) for place in places)
 
 
-def capture(run: Run, clone: Clone) -> tuple[str, tuple[Finding, ...]]:
-    """The tree of all that lies in a clone and is not ignored; and what no commit can hold."""
+def capture(run: Run, clone: Clone) -> tuple[str, list[Finding]]:
+    """The tree of what lies in a clone and is not ignored; and what no commit can hold."""
     private, left_out = run.private, find_special(clone)
     Path(f"{clone.index_file}.lock").unlink(missing_ok=True)  # of a Git that was killed
-    entries = [e.split("\t", 1) for e in zsplit(private("ls-files", "-sz", clone=clone))]
-    apart = {path for meta, path in entries if meta.startswith("160000")}
+    held = zsplit(private("ls-files", "-sz", clone=clone))
+    apart = {entry.split("\t", 1)[1] for entry in held if entry.startswith("160000")}  # submodules
     apart |= {*run.settings.carry, *run.lent, *left_out}
     listing = zsplit(private("ls-files", "-omz", "--exclude-standard", clone=clone))
     new = [p for p in dict.fromkeys(listing) if not is_among(p.rstrip("/"), apart)]
-    left_out |= {path: reason for path in new if (reason := unfit(clone, path))}
+    links = Counter[int]()
+    if any(
+        (clone.path / path).is_file() and os.lstat(clone.path / path).st_nlink > 1 for path in new
+    ):
+        for folder, _, names in os.walk(clone.path):
+            links.update(os.lstat(os.path.join(folder, name)).st_ino for name in names)
+    left_out |= {path: reason for path in new if (reason := unfit(clone, path, links))}
     left_out |= add_paths(private, clone, [path for path in new if path not in left_out])
     if left_out:  # as the base has them
-        private("reset", "-q", run.base, "--", *left_out, clone=clone, check=False)
-    told = [
-        Finding("left-out", path.rstrip("/"), None, "first", f"was left out: {reason}.")
-        for path, reason in sorted(left_out.items())
-    ]
-    return private("write-tree", clone=clone).strip(), tuple(told)
+        words = ("reset", "-q", run.base, "--pathspec-from-file=-", "--pathspec-file-nul")
+        private(*words, clone=clone, check=False, stdin=os.fsencode("\0".join(left_out)))
+    told = [(path.rstrip("/"), f"was left out: {why}.") for path, why in sorted(left_out.items())]
+    findings = [Finding("left-out", path, None, "first", text) for path, text in told]
+    return private("write-tree", clone=clone).strip(), findings
 
 
 def find_special(clone: Clone) -> dict[str, str]:
     """What Git does not list, or would wait for: pipes and the like, paths that are too long."""
-    kinds = [word for kind in "psbc" for word in ("-type", kind, "-o")]
-    words = ["find", str(clone.path), *(["-regextype", "posix-basic"] if LINUX else [])]
-    words += ["-name", ".git", "-type", "d", "-prune", "-o"]
-    _, out, _ = call([*words, "(", *kinds, "-regex", r".\{4000,\}", "-prune", ")", "-print0"])
+    usual = [word for kind in "fdl" for word in ("!", "-type", kind)]
+    words = ["find", str(clone.path), "-name", ".git", "-type", "d", "-prune", "-o", "(", *usual]
+    words += ["-o", "-path", f"{'?' * 4000}*", "-prune", ")", "-print0"]
     found = {}
-    for path in zsplit(os.fsdecode(out)):
-        name, long = os.path.relpath(path, clone.path), len(os.fsencode(path)) >= 4000
-        reason = "its path is too long" if long else "it is no file but a pipe, socket or device"
-        found[name[:200] if long else name] = reason
-        if not long and ".git" in name and clone.seen != clone.path.parent:
+    for path in zsplit(os.fsdecode(call(words)[1])):
+        name = os.path.relpath(path, clone.path)
+        if len(path) >= 4000:
+            found[name[:200]] = "its path is too long"
+            continue
+        found[name] = "it is no file but a pipe, socket or device"
+        if ".git" in name and clone.commit:  # Git would read a .gitignore
             os.unlink(path)
     return found
 
 
 def is_among(path: str, folders: Collection[str]) -> bool:
-    """Is this one of those paths, or does it lie in one of them?"""
     return path in folders or any(str(parent) in folders for parent in Path(path).parents)
 
 
-def unfit(clone: Clone, path: str) -> str:
+def unfit(clone: Clone, path: str, links: Counter[int]) -> str:
     """Why no commit can hold this path, or bring it back as it is; or nothing."""
     place = clone.path / path
     if path.endswith("/"):
         return "it is a repository of its own"
-    try:
-        status = place.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(place):
         return ""  # deleted
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
+    status = place.lstat()
     if stat.S_ISLNK(status.st_mode):
-        target = Path(os.path.realpath(place))
-        own = (
-            target.is_relative_to(clone.path) and ".git" not in target.relative_to(clone.path).parts
-        )
-        leaves = os.path.isabs(os.readlink(place)) or not own
-        return "it is a link that leaves the repository" if leaves else ""
-    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-        _, out, _ = call(["find", clone.path, "-samefile", place, "-print0"])
-        if out.count(b"\0") < status.st_nlink:
-            return "it is a hard link to a file that lies elsewhere"
-    too_large = f"with {size_text(status.st_size)} it is larger than a forge takes"
-    return too_large if stat.S_ISREG(status.st_mode) and status.st_size > HUGE else ""
+        inside = os.path.relpath(os.path.realpath(place), clone.path).split("/")
+        if os.path.isabs(os.readlink(place)) or inside[0] == ".." or ".git" in inside:
+            return "it is a link that leaves the repository"
+    elif stat.S_ISREG(status.st_mode) and status.st_nlink > max(1, links[status.st_ino]):
+        return "it is a hard link to a file that lies elsewhere"
+    return f"{size_text(status.st_size)} is more than a forge takes" * (status.st_size > HUGE)
 
 
 def add_paths(private: Git, clone: Clone, paths: Sequence[str]) -> dict[str, str]:
@@ -749,8 +729,7 @@ def add_paths(private: Git, clone: Clone, paths: Sequence[str]) -> dict[str, str
             private(*words, clone=clone, stdin=os.fsencode("\0".join(paths)))
         return {}
     except GitError as error:
-        Path(f"{clone.index_file}.lock").unlink(missing_ok=True)
-        if re.search(r"No space left|unable to write|Disk quota", str(error)):
+        if re.search("No space left|unable to write|quota", str(error)):
             raise
         if len(paths) == 1:
             return {paths[0]: f"Git cannot hold it ({one_line(str(error), 120)})"}
@@ -759,7 +738,6 @@ def add_paths(private: Git, clone: Clone, paths: Sequence[str]) -> dict[str, str
 
 
 def ignored_files(run: Run, clone: Clone) -> tuple[str, ...]:
-    """What ignore rules hide, caches and what was lent aside."""
     words = ("ls-files", "-oiz", "--exclude-standard", "--directory")
     noise = re.compile(r"(^|/)(\.git|__pycache__|\.\w+_cache|[^/]*\.egg-info)/|\.pyc$")
     names = zsplit(run.private(*words, clone=clone))
@@ -767,53 +745,52 @@ def ignored_files(run: Run, clone: Clone) -> tuple[str, ...]:
 
 
 def entries_of(private: Git, old: str, new: str) -> dict[str, str]:
-    """What differs between two trees: path -> the new one's index entry."""
-    raw = zsplit(private("diff-tree", "-r", "-z", "--no-renames", old, new))
-    told = {path: meta.split() for meta, path in zip(raw[::2], raw[1::2], strict=True)}
-    return {p: f"{'0' if m[4] == 'D' else m[1]} {m[3]}\t{p}\0" for p, m in told.items()}
+    """What differs between two trees: path -> the new one's index entry, which starts with 0 where
+    it is gone."""
+    raw, entries = iter(zsplit(private("diff-tree", "-r", "-z", "--no-renames", old, new))), {}
+    for told, path in zip(raw, raw, strict=True):
+        _, mode, _, blob, _ = told.split()
+        entries[path] = f"{mode.lstrip('0') or 0} {blob}\t{path}\0"
+    return entries
 
 
 def with_paths_of(private: Git, tree: str, other: str, paths: Collection[str]) -> str:
     """A tree with some paths as another tree has them: changed, brought back or gone."""
     entries = entries_of(private, tree, other) if paths else {}
-    return build_tree(private, tree, [entries[path] for path in entries if path in paths])
+    return build_tree(private, tree, [entry for path, entry in entries.items() if path in paths])
 
 
 def build_tree(private: Git, base: str, entries: Iterable[str]) -> str:
     """A tree made of another one and of index entries; deletions come first."""
-    if lines := sorted(entries, key=lambda entry: not entry.startswith("0 ")):
-        index = private.dir / f"index-{threading.get_ident()}"
-        words = ("update-index", "--add", "--replace", "-z", "--index-info")
-        private("read-tree", base, index=index)
-        private(*words, index=index, stdin=os.fsencode("".join(lines)))
-        return private("write-tree", index=index).strip()
-    return base
+    lines = "".join(sorted(entries))
+    index = private.dir / f"index-{threading.get_ident()}"
+    if not lines:
+        return base
+    private("read-tree", base, index=index)
+    words = ("update-index", "--add", "--replace", "-z", "--index-info")
+    private(*words, index=index, stdin=os.fsencode(lines))
+    return private("write-tree", index=index).strip()
 
 
 def new_entry(private: Git, path: str, data: bytes) -> str:
-    """The index entry of a file with this content."""
     return f"100644 {private('hash-object', '-w', '--stdin', stdin=data).strip()}\t{path}\0"
 
 
 def read_files(private: Git, base: str, tree: str) -> tuple[FileChange, ...]:
     """The files that differ between two trees, renames followed, with their line counts."""
-    parts = private("diff-tree", "-r", "-z", "-M", "--raw", "--numstat", base, tree).split("\0")[
-        :-1
-    ]
-    parts.reverse()
-    raw, counts = [], {}
-    while parts and parts[-1].startswith(":"):
-        old_mode, mode, old_blob, blob, status = parts.pop()[1:].split()
-        path = old_path = parts.pop()
-        path = parts.pop() if status[0] in "RC" else path
-        raw.append((status[0], path, old_path, old_mode, mode, old_blob, blob))
-    while parts:
-        added, deleted, path = parts.pop().split("\t", 2)
-        counts[path or [parts.pop(), parts.pop()][1]] = (added, deleted)
-    asked = "".join(f"{entry[6]}\n" for entry in raw)
-    words = ("cat-file", "--batch-check=%(objectsize)")
-    sizes = private(*words, stdin=asked.encode()).split("\n") if raw else []
-    files = []
+    words = ("diff-tree", "-r", "-z", "-M", "--raw", "--numstat", base, tree)
+    parts, raw, counts, files = iter(zsplit(private(*words))), [], {}, []
+    for part in parts:
+        if part.startswith(":"):
+            old_mode, mode, old_blob, blob, status = part[1:].split()
+            old_path = next(parts)
+            path = next(parts) if status[0] in "RC" else old_path
+            raw.append((status[0], path, old_path, old_mode, mode, old_blob, blob))
+        else:
+            added, deleted, path = part.split("\t", 2)
+            counts[path or (next(parts), next(parts))[1]] = (added, deleted)
+    blobs = "".join(f"{entry[-1]}\n" for entry in raw).encode()
+    sizes = private("cat-file", "--batch-check=%(objectsize)", stdin=blobs).split("\n")
     for entry, size in zip(raw, sizes, strict=False):
         told = (*counts.get(entry[1], ("0", "0")), size)
         numbers = [int(text) if text.isdigit() else 0 for text in told]
@@ -854,7 +831,16 @@ def clean_checkout(run: Run, commit: str) -> Iterator[tuple[Clone, Check]]:
     with run.slots:
         clone = new_clone(run, "judge", commit)
         try:
-            yield clone, set_up(run, clone)
+            ready = set_up(run, clone)
+            if run.settings.setup:  # which may have run the change's code: not over what judges
+                changed = zsplit(
+                    run.private("diff-files", "-z", "--name-only", clone=clone, check=False)
+                )
+                back = "\0".join(path for path in changed if is_judges(run, path))
+                run.private(
+                    "checkout-index", "-f", "-z", "--stdin", clone=clone, stdin=os.fsencode(back)
+                )
+            yield clone, ready
         finally:
             run.removing.append(threading.Thread(target=remove_folder, args=(clone.path.parent,)))
             run.removing[-1].start()
@@ -871,7 +857,12 @@ def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check
                 tested = run_check(run, clone, commands[1])
                 checks: tuple[Check, ...] = (lint(), tested)
         else:
-            checks = tuple(run_check(run, clone, command) for command in commands)
+            judged = list[Check]()
+            for command in commands:
+                if judged:  # what a command rewrote is not what is proposed
+                    run.private("checkout-index", "-f", "-a", clone=clone, check=False)
+                judged.append(run_check(run, clone, command))
+            checks = tuple(judged)
         if commit != run.base:  # a formatter, say: its correction is kept as a patch
             words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
             run.rewritten = run.private(*words, clone=clone, check=False)
@@ -944,7 +935,7 @@ def read_report(path: Path, run: Run, clone: Clone) -> Tests | None:
 
     try:
         status = path.lstat()  # the judged code may have put anything in its place
-        if not stat.S_ISREG(status.st_mode) or status.st_size > 2 * HUGE:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 8 * LARGE:
             return None
         root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError):
@@ -976,9 +967,9 @@ def module_of(dotted: str, defined_in: str, run: Run, clone: Clone) -> list[str]
     """
     parts, prefix = dotted.split("."), Path(run.repo.prefix)
     for count in range(len(parts), 0, -1):
-        for root in (*reversed(prefix.parents), prefix):
+        for root in (prefix, *prefix.parents):
             path = (root / "/".join(parts[:count])).as_posix() + ".py"
-            if path in run.modules or (clone.path / path).is_file():
+            if path in run.modules or os.path.isfile(clone.path / path):
                 run.modules.add(path)
                 return [path, *parts[count:]]
     return [(prefix / defined_in).as_posix() if defined_in else dotted]
@@ -1023,13 +1014,17 @@ def judge_tree(
             flaky = sorted(against.keys() ^ again.keys())
             if before.passed != check.passed and not flaky:
                 flaky = [check.command]
-            notes += [
-                f"{n} failed once and passed once on the same files: flaky" for n in flaky[:5]
-            ]
+            notes += [f"{n} is flaky: red once, green once on the same files" for n in flaky[:5]]
             steady = {
                 n: o for n, o in (check.tests or {}).items() if n.partition("[")[0] not in flaky
             }
             by_chance = before.fault == check.fault == "tests" and not against.keys() & again.keys()
+            red = {name for name, outcome in all_functions(run.baseline).items() if outcome in BAD}
+            if run.is_repair and commit != run.base and red.intersection(flaky):  # red there, twice
+                checks.append(
+                    check._replace(passed=False, reason=f"{min(red & {*flaky})} is flaky now")
+                )
+                continue
             if before.passed or check.passed or by_chance:
                 check = check._replace(passed=True, reason="passed", fault="")
             checks.append(check._replace(tests=None if check.tests is None else steady))
@@ -1044,10 +1039,11 @@ def weigh(
         return check._replace(passed=True, tests={}, fault=""), {}, []  # no tests yet
     if check.tests is None:
         return check, {}, []
-    now, before, against = by_function(check.tests), Tests(), Tests()
+    now, known, against = by_function(check.tests), Tests(), Tests()
     if commit != run.base and run.baseline:
-        same = (c.tests for c in run.baseline.checks if c.command == check.command)
-        before = by_function(next(same, None))
+        same = [c.tests for c in run.baseline.checks if c.command == check.command]
+        known = (same[0] if same else None) or {}
+    before = by_function(known)
     for name, outcome in before.items():
         became = now.get(name)
         if "::" not in name:  # its collection failed; now its tests have names of their own
@@ -1055,6 +1051,13 @@ def weigh(
         wanted = outcome == "passed" or (run.is_repair and outcome in BAD)
         if wanted and became != "passed" and file_of(name) not in edited:
             against[name] = BECAME[became]
+    for name, outcome in known.items():  # one parameter of several, skipped by name
+        became, wanted = check.tests.get(name), outcome == "passed" or run.is_repair
+        hidden = became in ("skipped", "xfailed") and outcome != became
+        if run.is_repair and outcome in BAD and not became and name.partition("[")[0] in now:
+            hidden = True  # red at the base, and no more among its function's parameters
+        if hidden and wanted and file_of(name) not in edited:
+            against[name.partition("[")[0]] = f"{BECAME[became]} ({name.partition('[')[2][:-1]})"
     for name, outcome in now.items():
         if outcome in BAD and (run.is_repair or before.get(name) not in BAD):
             against[name] = BECAME[outcome]
@@ -1066,6 +1069,9 @@ def weigh(
     if against:
         listed = "; ".join(f"{name} {became}" for name, became in list(against.items())[:10])
         reason = f"{len(against)} test{'s' if len(against) > 1 else ''} against it: {listed}"
+        if {*against.values()} <= {"fails"}:
+            names = ", ".join(list(against)[:5])
+            reason = f"{len(against)} test{'s fail' if len(against) > 1 else ' fails'}: {names}"
         fault = fault or "tests"
     return check._replace(passed=False, reason=reason, fault=fault), against, notes
 
@@ -1082,11 +1088,7 @@ def judging_base(run: Run) -> Iterator[Callable[[], Verdict | None]]:
     store = run.records / "baseline" / f"{baseline_key(run)}.json"
     run.baseline = recall_baseline(store) if run.settings.baseline else None
     if run.baseline or not run.settings.baseline:
-        told = (
-            "was judged green by an earlier run"
-            if run.baseline
-            else "is not judged (--no-baseline)"
-        )
+        told = "was judged by an earlier run" if run.baseline else "is not judged (--no-baseline)"
         run.console.say(f"  the base {told}")
         yield lambda: run.baseline
         return
@@ -1102,7 +1104,8 @@ def judging_base(run: Run) -> Iterator[Callable[[], Verdict | None]]:
             with run.console.step("waiting for the verdict on the base") as ended:
                 run.baseline = judge_tree(run, run.base, first=look())  # what is red, once more
                 ended(f"the base is {'green' if run.baseline.is_green else 'red'}")
-            if run.baseline.is_green and not run.stop.is_set():
+            settled = all(check.passed or check.fault == "tests" for check in run.baseline.checks)
+            if settled and not run.stop.is_set():
                 remember_baseline(store, run.baseline)
         return run.baseline
 
@@ -1161,34 +1164,44 @@ def cannot_judge(run: Run, baseline: Verdict | None) -> str:
             continue
         if check.fault == "missing":
             return f"{what}. {how_to_get(run, check.name)}"
-        if check.fault == "slow":
+        if check.fault == "slow" and not run.is_repair:
             longer = {"gate_timeout": 6 * run.settings.gate_timeout}
             return f"{what}. Give it time: {command_line(run, run.settings.command, **longer)}"
-        if check.fault == "usage":
-            return f"{what}; its own words are above. See that --gate is spelled right."
-        if not run.is_repair:
+        lacks = "ModuleNotFoundError" in check.output or "ImportError" in check.output
+        if check.fault == "usage" and not lacks:
+            return f"{what}; its own words are below. See that --gate is spelled right."
+        if not run.is_repair or (check.fault == "collection" and lacking_files(run)):
             return f"the base is red ({told}). {remedies(run, check)}"
     return ""
 
 
-def remedies(run: Run, check: Check) -> str:
-    """What a person can do about a base that is red in the clone: the likely cause first."""
-    parts, words = [], ("ls-files", "-oiz", "--exclude-standard", "--directory")
+def lacking_files(run: Run) -> list[str]:
+    """Ignored files that the user's checkout has and a clone has not, caches and builds aside."""
+    words = ("ls-files", "-oiz", "--exclude-standard", "--directory")
     names = zsplit(run.git(*words, check=False)) if run.repo.common_dir else []
     noise = re.compile(
         r"(^|/)(__pycache__|\.\w+_cache|node_modules|\.?venv|dist|build|\.[nt]ox)/|pyc$"
     )
     names = [name.rstrip("/") for name in names if not noise.search(name)]
-    if lacking := [n for n in names if n not in {*run.lent, *run.settings.carry}][:5]:
+    return [name for name in names if name not in {*run.lent, *run.settings.carry}][:5]
+
+
+def remedies(run: Run, check: Check) -> str:
+    """What a person can do about a base that is red in the clone: the likely cause first."""
+    parts = []
+    if lacking := lacking_files(run):
         carried = " ".join(f"--carry {shlex.quote(name)}" for name in lacking)
         parts.append(
             "If it is green in your checkout, the clone lacks something: ignored files are not in "
             f"it. Bring them along with {carried}, or make them with --setup 'COMMAND'."
         )
-    others = [f"--gate {shlex.quote(c)}" for c in run.settings.gate if c != check.command]
+    others = tuple(command for command in run.settings.gate if command != check.command)
     if others and not check.tests:
-        parts.append(f"To leave {check.name} out of the gate: {' '.join(others)}.")
-    return " ".join([*parts, f"To have the base mended first: {command_line(run, 'self-heal')}"])
+        without = command_line(run, run.settings.command, gate=others)
+        parts.append(f"To leave {check.name} out of the gate: {without}.")
+    if not run.settings.simulate:
+        parts.append(f"To have the base mended first: {command_line(run, 'self-heal')}")
+    return " ".join(parts)
 
 
 def how_to_get(run: Run, tool: str) -> str:
@@ -1248,8 +1261,10 @@ def judge_change(run: Run, change: Change) -> Verdict:
 
 def ask_three_questions(run: Run, change: Change) -> Verdict:
     if not change.files:
-        nothing = Check("change", "", False, "nothing of the work is left to judge")
-        return Verdict(change.tree, (nothing,), change.left_out)
+        names = ", ".join(one_line(finding.path) for finding in change.left_out[:3])
+        reason = f"nothing is left of the work: what it changed was put back or left out ({names})"
+        red = [check for check in (run.baseline.checks if run.baseline else ()) if not check.passed]
+        return Verdict(change.tree, (*red, Check("change", "", False, reason)), change.left_out)
     plan = make_plan(run, change)
     answers = side_by_side(
         run,
@@ -1272,8 +1287,9 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
         proof["contradicted"] = {n: o for n, o in answers["bite"].items() if n in passed}
-        proof["new_on_old"] = new_on_old(run, plan, answers["proof"], passed)
-        findings += show_bite(run, plan, proof, passed)
+        edited = {file.old_path for file in change.files}
+        proof["new_on_old"] = new_on_old(run, plan, answers["proof"], passed, edited)
+        findings += show_bite(run, change, plan, proof, passed)
     if run.settings.strict:
         raised = {"first": "rejects"}
         findings = [f._replace(severity=raised.get(f.severity, f.severity)) for f in findings]
@@ -1318,7 +1334,14 @@ def ask_base_judge(
     )
     tests_back = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), others)
     red = unlike_base_settings(run, settings_back) if plan.settings else []
-    return unlike_base(run, tests_back), red, True
+    bad = unlike_base(run, tests_back)
+    if bad and plan.settings and plan.edited:  # is it the settings and conftest.py alone?
+        base = run.private.tree_of(run.base)
+        again = with_paths_of(
+            run.private, settings_back, base, {p for p in others if p in plan.settings}
+        )
+        run.decided = {*unlike_base(run, again)}
+    return bad, red, True
 
 
 def compare_with_base(
@@ -1339,7 +1362,8 @@ def compare_with_base(
         ]
     now, green = all_functions(verdict), {check.command for check in verdict.checks if check.passed}
     helpers = any(not TEST_MODULE.search(path) for path in plan.edited)
-    explained = {n for n in bad if not run.is_repair and (helpers or file_of(n) in plan.edited)}
+    explained = {n for n in bad if file_of(n) in plan.edited or (helpers and n not in run.decided)}
+    explained = set() if run.is_repair else explained
     findings = edited_tests(change, plan, explained) if asked else []
     told = [
         f"{n} {BECAME[bad[n]]}"
@@ -1354,10 +1378,14 @@ def compare_with_base(
         text = f"decides the verdict{more}: with what the base has in its place, "
         text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
         return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
-    text = "steers the checks and was changed; they are green without that, too."
-    quiet = plan.settings if verdict.is_green else ()
+    severity, text = "shown", "steers the checks and was changed; they are green without that, too."
+    if not verdict.is_green:
+        severity, text = (
+            "first",
+            "steers the checks and was changed: see whether that made them red.",
+        )
     return findings + [
-        Finding("judge-changed", path, None, "shown", text) for path in sorted(quiet)
+        Finding("judge-changed", p, None, severity, text) for p in sorted(plan.settings)
     ]
 
 
@@ -1418,18 +1446,22 @@ def edited_tests(change: Change, plan: Plan, explained: set[str]) -> list[Findin
             what += f", and as the base has it, it fails on the new code: {listed}"
         if path in plan.edited and (names or file.deleted or file.status not in "AM"):
             severity = "first" if names or file.status == "D" else "shown"
-            text = f"{what}. See that the issue asks for it."
+            text = f"{what}. See that the issue asks for it." if severity == "first" else f"{what}."
             found.append(Finding("test-changed", path, None, severity, text))
-    others = {file_of(name) for name in explained} - {finding.path for finding in found}
-    text = "fails on the new code with the base's version of another file among the tests."
-    return found + [Finding("test-changed", path, None, "first", text) for path in sorted(others)]
+    others = sorted({file_of(name) for name in explained} - {finding.path for finding in found})
+    if others:
+        helper = min(path for path in plan.edited if not TEST_MODULE.search(path))
+        text = f"was changed; with the base's version of it, tests fail in {', '.join(others[:5])}."
+        found.append(Finding("test-changed", helper, None, "first", text))
+    return found
 
 
 # In a settings file, what the code needs is the change's; the tables of tools are the base's.
 MERGED = ("pyproject.toml", "setup.cfg")
 NEEDED = re.compile(
-    r"(project|build-system|dependency-groups|metadata|options)\b|tool\.(setuptools|setuptools_scm"
-    r"|poetry|uv|flit|maturin|pdm\.(build|dev)|hatch\.(build|version|metadata))\b"
+    r"(?!project\.entry-points\.pytest)(project|build-system|dependency-groups|metadata|options)\b"
+    r"|tool\.(setuptools|setuptools_scm|poetry|uv|flit|maturin|pdm\.(build|dev)"
+    r"|hatch\.(build|version|metadata))\b"
 )
 
 
@@ -1458,9 +1490,12 @@ def tables(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The tables of a TOML or INI file: the name of each, and its text with its heading."""
     head, lines = "", list[bytes]()
     for line in data.splitlines(keepends=True):
-        if match := re.match(rb"\[+[ \t]*([^\[\]\n,=]+?)[ \t]*\]+[ \t]*(#.*)?\r?\n?$", line):
+        match = (
+            re.match(rb"\[+([^\[\],=]+)\]+\s*([#;].*)?$", line.strip()) if len(line) < 500 else None
+        )
+        if match:
             yield head, b"".join(lines)
-            head, lines = match[1].decode("utf-8", "replace").replace('"', ""), []
+            head, lines = match[1].decode("utf-8", "replace").replace('"', "").strip(), []
         lines.append(line)
     yield head, b"".join(lines)
 
@@ -1482,6 +1517,10 @@ def test_functions(source: Any) -> list[tuple[str, Any, str]]:
                 yield f"{inside}{node.name}", node, ast.dump(node)
 
     try:
+        if (
+            isinstance(source, bytes) and len(source) > LARGE // 5
+        ):  # it would take the memory for it
+            return []
         tree = source if isinstance(source, ast.Module) else ast.parse(source or b"")
         return list(walk(tree.body, ""))
     except UNREADABLE:
@@ -1496,14 +1535,21 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
     """
     entries, wanted = [], set()
     for path, names in plan.biting.items():
-        if twin := contradicted(run.private.file(f"{change.tree}:{path}"), names):
+        source = run.private.file(f"{change.tree}:{path}")
+        here = names & {name for name, _, _ in test_functions(source)}
+        if twin := contradicted(source, here) if here else b"":
             entries.append(new_entry(run.private, path, twin))
-            wanted |= {f"{path}::{name}" for name in names}
-    tree, files = build_tree(run.private, change.tree, entries), {file_of(name) for name in wanted}
-    found = run_test_files(run, tree, files)
-    passes = {name for name in wanted if found.get(name) == "passed"}
+            wanted |= {function_key(f"{path}::{name}") for name in here}
+    tree, files = build_tree(run.private, change.tree, entries), {file for file, _ in wanted}
+    found = {n: o for n, o in run_test_files(run, tree, files).items() if function_key(n) in wanted}
+    passes = {name for name, outcome in found.items() if outcome == "passed"}
     again = run_test_files(run, tree, {file_of(name) for name in passes})
-    return {n: again.get(n, o) if n in passes else o for n, o in found.items() if n in wanted}
+    return {n: again.get(n, o) if n in passes else o for n, o in found.items()}
+
+
+def function_key(test: str) -> tuple[str, str]:
+    """A test's file and function, whatever class inherits it."""
+    return file_of(test), test.rpartition("::")[2]
 
 
 def contradicted(source: bytes | None, names: set[str]) -> bytes:
@@ -1629,7 +1675,7 @@ def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
         options = ("--continue-on-collection-errors", "--maxfail=0")
         argv = [*words[: end + 1], "-q", *how, *options, *places]
         usual = max((c.seconds for c in run.baseline.checks), default=0) if run.baseline else 0
-        limit = min(run.settings.gate_timeout, 30 + 3 * usual)
+        limit = min(run.settings.gate_timeout, 10 + 3 * usual)
         check = run_in_tree(run, tree, shlex.join(argv), argv, limit)
         return by_function(check.tests) if check.fault not in ("slow", "usage", "report") else {}
     return {}
@@ -1646,17 +1692,20 @@ def run_on_old_code(run: Run, change: Change, plan: Plan) -> Tests:
     return {c.command: "failed" for c in run_gate(run, commit) if not c.passed}  # by exit status
 
 
-def new_on_old(run: Run, plan: Plan, told: Tests, passed: set[str]) -> Tests:
+def new_on_old(run: Run, plan: Plan, told: Tests, passed: set[str], edited: set[str]) -> Tests:
     """What each test that is to bite, and passes now, did on the old code; only what was run."""
     if not passed:  # a gate without a report of tests
         return told
     red = {n: o for n, o in all_functions(run.baseline).items() if o in BAD and n in passed}
-    wanted = {f"{path}::{name}" for path, names in plan.biting.items() for name in names}
-    ran = sorted(wanted & passed - red.keys()) if told else []
+    red = {name: outcome for name, outcome in red.items() if file_of(name) not in edited}
+    wanted = {function_key(f"{p}::{name}") for p, names in plan.biting.items() for name in names}
+    ran = sorted(n for n in passed - red.keys() if function_key(n) in wanted and told)
     return {name: told.get(name, "could not run") for name in ran} | red
 
 
-def show_bite(run: Run, plan: Plan, proof: dict[str, Tests], passed: set[str]) -> list[Finding]:
+def show_bite(
+    run: Run, change: Change, plan: Plan, proof: dict[str, Tests], passed: set[str]
+) -> list[Finding]:
     """Tests whose green means nothing; and a change that no test shows."""
     severity, found = "rejects" if run.is_repair else "first", []
     for name in [name for name, outcome in proof["contradicted"].items() if outcome == "passed"]:
@@ -1665,14 +1714,30 @@ def show_bite(run: Run, plan: Plan, proof: dict[str, Tests], passed: set[str]) -
         )
         text += " green shows nothing. See what it asserts, and what the code does to the tests."
         found.append(Finding("no-bite", file_of(name), None, severity, text))
+    prose = (
+        ".md",
+        ".rst",
+        ".txt",
+        ".cfg",
+        ".toml",
+        ".ini",
+        ".yml",
+        ".yaml",
+        ".json",
+        ".csv",
+        ".xml",
+    )
+    has_code = any(not file.path.endswith(prose) for file in change.files)
+    if run.is_repair and not has_code:
+        text = "no code was changed, only data or settings: see that this mends the cause."
+        found.append(Finding("no-code", "", None, "first", text))
     tried = proof["new_on_old"]
     useless = sorted(name for name, outcome in tried.items() if outcome == "passed")
     shows = len(useless) < len(tried)
-    for name in useless if shows else ():
-        text = (
-            f"{name.partition('::')[2]} passes without the change too, so it shows nothing of it."
-        )
-        found.append(Finding("no-proof", file_of(name), None, "shown", text))
+    for path in sorted({file_of(name) for name in useless}) if shows else ():
+        names = ", ".join(name.partition("::")[2] for name in useless if file_of(name) == path)
+        text = f"passes without the change too, so it shows nothing of it: {one_line(names)}."
+        found.append(Finding("no-proof", path, None, "shown", text))
     ran = {file_of(name) for name in passed}
     for path in sorted(plan.added - ran if passed else ()):
         if TEST_MODULE.search(path):
@@ -1685,12 +1750,12 @@ def show_bite(run: Run, plan: Plan, proof: dict[str, Tests], passed: set[str]) -
             if judged
             else "no test fails without it"
         )
-        why = "its tests could not be run without it" if plan.biting else why
+        why = "what its tests say without it was not seen" if plan.biting else why
         why = "its tests pass without it, too" if tried else why
         if run.baseline is None and not plan.biting:
             why = "it brings none, and with --no-baseline no other was asked"
         text = f"no test shows what this change does: {why}."
-        found.append(Finding("no-proof", "", None, "first", text))
+        found.append(Finding("no-proof", "", None, "first" if has_code else "shown", text))
     return found
 
 
@@ -1698,9 +1763,9 @@ def show_bite(run: Run, plan: Plan, proof: dict[str, Tests], passed: set[str]) -
 # reject they cost too much: of 36 real repairs, seven held a `noqa` or its like.
 
 SUPPRESSES = {  # the tool that obeys -> the comment
-    "ruff": r"noqa\b",
+    "ruff": r"noqa\b|ruff:|fmt:\s*(off|skip)",
     "flake8": r"noqa\b",
-    "mypy": r"type:\s*ignore",
+    "mypy": r"type:\s*ignore|mypy:",
     "pyright": r"(type|pyright):\s*ignore",
     "pylint": r"pylint:\s*disable",
     "cov": r"pragma:\s*no\s*cover",
@@ -1726,10 +1791,12 @@ def finding_text(finding: Finding) -> str:
 def find_facts(run: Run, change: Change) -> list[Finding]:
     """The facts of a change that a reviewer should know."""
     found = list[Finding]()
+    blobs = run.private.blobs(
+        [b for f in change.files if f.size < LARGE for b in (f.old_blob, f.blob)]
+    )
     for file in change.files:
         found += file_facts(run, file)
-        small = file.size < LARGE
-        old, new = (run.private.file(b) if small else b"" for b in (file.old_blob, file.blob))
+        old, new = blobs.get(file.old_blob), blobs.get(file.blob)
         lines = added_lines(old or b"", new or b"")
         for number, line in lines.items():
             if TOKENS.search(line) or any(secret in line for secret in run.console.secrets):
@@ -1739,7 +1806,7 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
                 found.append(Finding("secret", file.path, number, "rejects", text))
         allowed = is_judges(run, file.path) or is_allowed(run, file.path)
         if file.path.endswith((".py", ".pyi")) and not allowed:
-            found += code_facts(run, file.path, new or b"", lines)
+            found += code_facts(run, file.path, old or b"", new or b"", lines)
         if file.old_path in run.example_files and not is_allowed(run, file.path):
             for source, _ in sorted(examples(old) - examples(new))[:1]:
                 text = f"an example in a docstring is gone or altered: {one_line(source, 60)}."
@@ -1767,13 +1834,21 @@ def file_facts(run: Run, file: FileChange) -> Iterator[Finding]:
     if file.status != "D" and (file.binary or file.size > LARGE):
         kind = "binary" if file.binary else "large"
         yield Finding(kind, path, None, "shown", f"is {kind} ({size_text(file.size)}).")
+    if TEST_MODULE.search(file.old_path) and file.status != "A" and is_allowed(run, file.old_path):
+        text = (
+            "an existing test was changed, as --allow lets it. See that its expectation is right."
+        )
+        yield Finding("test-changed", file.old_path, None, "first", text)
     if file.status not in "AD" and file.mode != file.old_mode:
         text = f"its mode was changed from {file.old_mode[-3:]} to {file.mode[-3:]}."
         yield Finding("mode", path, None, "shown", text)
-    folder, _, name = path.removesuffix("/__init__.py").removesuffix(".py").rpartition("/")
+    folder, _, name = path.removesuffix("/__init__.py").rpartition("/")
+    name = name.partition(".")[0]
     roots = {"", "src", run.repo.prefix, *map(os.path.dirname, run.tested_files)}
-    taken = {"pytest", "_pytest", "pluggy", "hypothesis", "ruff", "sitecustomize", "usercustomize"}
-    is_new = file.status in "ARC" and path.endswith(".py") and not is_allowed(run, path)
+    taken = {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "hypothesis", "ruff"}
+    taken |= {"sitecustomize", "usercustomize"}
+    is_new = file.status in "ARC" and not is_allowed(run, path)
+    is_new = is_new and path.endswith((".py", ".pyc", ".pyd", ".so"))
     if is_new and folder in roots and name in taken | sys.stdlib_module_names:
         text = f"would be imported in place of {name} of Python's own or of a tool. Rename it."
         yield Finding("shadows", path, None, "first", text)
@@ -1781,30 +1856,36 @@ def file_facts(run: Run, file: FileChange) -> Iterator[Finding]:
 
 def examples(source: bytes | None) -> Counter[tuple[str, str]]:
     """The examples in a module's docstrings: what is typed, and what is expected."""
+    import ast
     import doctest
 
-    with contextlib.suppress(ValueError):
-        found = doctest.DocTestParser().get_examples((source or b"").decode("utf-8", "replace"))
-        return Counter((example.source, example.want) for example in found)
-    return Counter()
+    found, told = Counter[tuple[str, str]](), (ast.Module, ast.ClassDef, ast.FunctionDef)
+    with contextlib.suppress(*UNREADABLE):
+        for node in ast.walk(ast.parse(source or b"")):
+            text = ast.get_docstring(node) if isinstance(node, told) else None
+            for example in doctest.DocTestParser().get_examples(text or ""):
+                found[example.source, example.want] += 1
+    return found
 
 
-def code_facts(run: Run, path: str, source: bytes, lines: dict[int, str]) -> Iterator[Finding]:
+def code_facts(
+    run: Run, path: str, old: bytes, source: bytes, lines: dict[int, str]
+) -> Iterator[Finding]:
     """The facts of added Python code that is no test, at most one a line."""
     import ast
 
     gate, told = " ".join(run.settings.gate), dict[int, str]()
     kinds = "|".join(pattern for tool, pattern in SUPPRESSES.items() if tool in gate)
     for number, line in lines.items():
-        if kinds and (match := re.search(rf"#.*?(({kinds}).*)", line, re.I)):
-            told[number] = f"{one_line(match[1], 40)!r} has a tool of the gate look away"
+        comment = line.partition("#")[2]
+        if kinds and comment and re.search(kinds, comment, re.IGNORECASE):
+            told[number] = f"{one_line(comment, 40)!r} has a tool of the gate look away"
     with contextlib.suppress(*UNREADABLE):
         for node in ast.walk(ast.parse(source)):
             number, called = getattr(node, "lineno", 0), getattr(node, "func", None)
             told_by = [getattr(node, name, 0) for name in ("id", "attr", "module", "name", "value")]
-            for word in [
-                w for w in told_by if isinstance(w, str) and " " not in w and number in lines
-            ]:
+            new = [w for w in told_by if isinstance(w, str) and " " not in w and number in lines]
+            for word in [w for w in new if w.encode("utf-8", "replace") not in old]:
                 for fact in [
                     fact for pattern, fact in FACTS.items() if re.search(pattern, word, re.I)
                 ]:
@@ -1828,12 +1909,16 @@ def propose_pr(run: Run, change: Change, verdict: Verdict) -> Ending:
         return hand_over(run, "rule-broken", broken, verdict)
     if not run.repo.common_dir:
         return write_into_folder(run, change, verdict)
-    if change.whole != change.tree:  # with what was left out of it
+    if change.whole != change.tree:
         keep_work(run, change)
+    wanted = f"agent/{run.slug}"
     with lock_folder(run.records, wait=True):  # of two runs that end together
         bring_commit(run, change.commit)
-        branch = create_branch(run, change.commit)
+        branch = free_branch(run, wanted)
+        run.git("branch", "--no-track", branch, change.commit)  # fails rather than move one
         switched = run.settings.switch and switch_to(run, branch)
+    if branch != wanted:
+        run.mentions.append(f"an earlier proposal is open: {wanted}.")
     where = "which is checked out now" if switched else "and HEAD stays where it is"
     message = f"the change is one commit on the new branch {branch}, {where}"
     return Ending("proposed", message, -1, branch, switched, change, verdict)
@@ -1844,39 +1929,42 @@ def hand_over(run: Run, outcome: str, message: str, verdict: Verdict | None = No
     run.signals.shielded = True
     if outcome != "rule-broken" and (broken := verify_rules(run)):
         outcome, message = "rule-broken", f"{broken} (and {message})"
-    change = next((turn.change for turn in reversed(run.turns) if turn.change), None)
     try:
-        if change and change.whole != run.private.tree_of(run.base):
+        if run.turns and not run.turns[-1].change:  # a signal came before it was read
+            run.turns[-1] = run.turns[-1]._replace(change=read_change(run))
+        if (change := last_change(run)) and change.whole != run.private.tree_of(run.base):
             keep_work(run, change)
     except (Refusal, OSError) as error:
         run.keep_folder = True
         place = run.workspace.path if run.workspace else run.folder
         run.mentions.append(f"the work could not be kept ({error}); it lies in {place}.")
-    return Ending(outcome, message, change=change, verdict=verdict)
+    return Ending(outcome, message, change=last_change(run), verdict=verdict)
+
+
+def last_change(run: Run) -> Change | None:
+    return next((turn.change for turn in reversed(run.turns) if turn.change), None)
 
 
 def red_after(run: Run, verdict: Verdict | None) -> str:
-    tries = f"{len(run.turns)} attempt{'s' if len(run.turns) != 1 else ''}"
-    text = f"the verdict is red after {tries}: {verdict.reason if verdict else 'none was made'}"
-    if not run.settings.baseline and any(
-        c.fault == "tests" for c in (verdict.checks if verdict else ())
-    ):
-        text += (
-            ". Whether that was red before is not known with --no-baseline; to leave a test out of"
-        )
-        text += " the gate: --gate 'pytest -q --deselect TEST'"
+    text = f"the verdict is red (attempts: {len(run.turns)}): {verdict.reason if verdict else ''}"
+    if not run.settings.baseline:
+        text += ". What was red before is not known with --no-baseline; to leave a test out of the"
+        text += " gate: --gate 'pytest -q --deselect TEST'"
     return text
 
 
 def commit_message(run: Run) -> str:
     """Subject and body of the commit; nothing in it pings people, closes issues or skips CI."""
-    subject, body = "Mend the failing checks", "The gate was red at the base."
+    text = "Mend the failing checks\n\nThe gate was red at the base."
     if run.issue:
-        subject, body = one_line(run.issue.title, 72), f"For the issue “{run.issue.title}”."
-    by = f"Made by an agent under agent_runner {__version__}; review before merging."
-    text = f"{subject}\n\n{body}\n{by}\n"
+        text = f"{one_line(run.issue.title, 72)}\n\nFor the issue “{run.issue.title}”."
+    text += f"\nMade by an agent under agent_runner {__version__}; review before merging.\n"
     text = re.sub(r"\[(?=[^]\n]*\b(skip|no)\b[^]\n]*])", "(", text, flags=re.I)
     return unreferenced(re.sub(r"@(?=\w)", "(at)", text))
+
+
+def title_of(run: Run) -> str:
+    return commit_message(run).split("\n")[0]
 
 
 def unreferenced(text: str) -> str:
@@ -1887,16 +1975,11 @@ def unreferenced(text: str) -> str:
 
 def bring_commit(run: Run, commit: str, ref: str = "") -> None:
     """Bring a commit's objects into the user's repository: a local fetch, at most one ref."""
-    record = run.records / run.name
-    record.mkdir(parents=True, exist_ok=True)
-    with open(
-        record / "commits", "a", encoding="utf-8"
-    ) as handle:  # so that others know it is ours
+    with open(f"{run.record}/commits", "a", encoding="utf-8") as handle:  # others see it is ours
         handle.write(f"{commit} {run.repo.head}\n")
     run.private("update-ref", "refs/heads/judged", commit)
     words = ("fetch", "-q", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
-    source = f"refs/heads/judged:{ref}" if ref else "refs/heads/judged"
-    run.git(*words, "--no-auto-maintenance", str(run.private.dir), source)
+    run.git(*words, str(run.private.dir), f"refs/heads/judged{ref and ':'}{ref}")
 
 
 def keep_work(run: Run, change: Change) -> None:
@@ -1910,123 +1993,119 @@ def keep_work(run: Run, change: Change) -> None:
 def free_branch(run: Run, name: str) -> str:
     """The name, with -2, -3, … after it, where no branch has it."""
     words = ("for-each-ref", "--format=%(refname:lstrip=2)/", "refs/heads")
-    taken = run.git(*words, check=False).splitlines()
-    names = (name if number == 1 else f"{name}-{number}" for number in range(1, 10_000))
-    return next(n for n in names if not any(other.startswith(f"{n}/") for other in taken))
-
-
-def create_branch(run: Run, commit: str) -> str:
-    """Create the branch under the first free name; an existing branch is never moved."""
-    for _ in range(10):  # of two runs at once, one finds the name taken after all
-        branch = free_branch(run, f"agent/{run.slug}")
-        order = f"create refs/heads/{branch} {commit}\n".encode()
-        with contextlib.suppress(GitError):
-            run.git("update-ref", "-m", "agent_runner: proposed", "--stdin", stdin=order)
-            if branch != f"agent/{run.slug}":
-                run.mentions.append(f"an earlier proposal is open: agent/{run.slug}.")
-            return branch
-    raise Refusal(f"the branch {branch} cannot be made; see what git branch {branch} says.")
+    taken, free, number = run.git(*words, check=False).splitlines(), name, 1
+    while any(other.startswith(f"{free}/") for other in taken):
+        number += 1
+        free = f"{name}-{number}"
+    return free
 
 
 def switch_to(run: Run, branch: str) -> bool:
     """Switch the user's checkout to a branch; a switch that fails half-way is taken back."""
     repo, now = run.repo, find_repo(run.repo.top)
-    words = ("diff-tree", "-r", "-z", "--name-status", "--no-renames", repo.head, branch)
-    listing = zsplit(run.git(*words))
-    changed = dict(zip(listing[1::2], listing[::2], strict=True))
-    added = [path for path, status in changed.items() if status == "A"]
-    taken = [path for path in changed if is_taken(run, path, new=path in added)]
-    above = {repo.top / parent for path in added for parent in list(Path(path).parents)[:-1]}
-    missing = sorted((folder for folder in above if not folder.exists()), reverse=True)
+    changed = zsplit(run.git("diff-tree", "-r", "-z", "--name-only", repo.head, branch))
+    taken = [path for path in changed if differs(run, path, repo.head)]
     if (now.head, now.head_ref) != (repo.head, repo.head_ref):
         reason = "it moved during the run"
     elif run.edits:
         reason = "the checkout has uncommitted changes"
-    elif taken:
+    elif taken:  # though Git calls it clean
         reason = f"{one_line(taken[0])} of yours would be overwritten"
     else:
         try:
             run.git("switch", "-q", "--no-guess", "--no-overwrite-ignore", branch)
             return True
         except (Refusal, OSError) as error:
-            reason = one_line(str(error), 300)
-        if find_repo(repo.top).head_ref == repo.head_ref:
-            run.git("read-tree", "--reset", "-u", repo.head, check=False)
-            with contextlib.suppress(OSError):
-                for path in added:
-                    if (repo.top / path).is_file() and not differs(run, path, branch):  # ours
-                        (repo.top / path).unlink()
-                for folder in missing:
-                    folder.rmdir()
-            reason += "; what the switch had written was taken back"
+            reason = f"{one_line(str(error), 300)}; what the switch had written was taken back"
+            take_back(run, changed, branch)
     run.mentions.append(f"HEAD was left where it is: {reason}.")
     return False
 
 
-def is_taken(run: Run, path: str, *, new: bool) -> bool:
-    """Would a switch overwrite something of the user's here, though Git calls it clean?"""
-    place = run.repo.top / path
-    if new:
-        parents = [run.repo.top / parent for parent in list(Path(path).parents)[:-1]]
-        return os.path.lexists(place) or any(p.is_symlink() or p.is_file() for p in parents)
-    return place.is_file() and not place.is_symlink() and differs(run, path, run.repo.head)
-
-
 def differs(run: Run, path: str, commit: str) -> bool:
-    committed = run.git("cat-file", "--filters", f"{commit}:{path}", check=False)
-    return (run.repo.top / path).read_bytes() != os.fsencode(committed)
+    """Does something lie here that is not exactly what the commit has?"""
+    place = run.repo.top / path
+    if not place.is_symlink() and not place.is_file():
+        return place.exists()
+    now = os.readlink(place) if place.is_symlink() else os.fsdecode(place.read_bytes())
+    return now != run.git("cat-file", "--filters", f"{commit}:{path}", check=False)
+
+
+def take_back(run: Run, changed: list[str], branch: str) -> None:
+    """Undo half a switch: what is exactly the branch's goes, and what is missing comes back."""
+    for path in changed:
+        with contextlib.suppress(OSError):
+            if not differs(run, path, branch):
+                (run.repo.top / path).unlink(missing_ok=True)
+                os.removedirs((run.repo.top / path).parent)  # as far as they are empty
+    run.git("read-tree", "--reset", run.repo.head, check=False)
+    words = ("checkout-index", "-q", "-z", "--stdin")
+    run.git(*words, stdin=os.fsencode("\0".join(changed)), check=False)
 
 
 def write_into_folder(run: Run, change: Change, verdict: Verdict) -> Ending:
     """Outside Git there is no branch: write the green change into the folder, or nothing."""
-    top, private = run.repo.top, run.private
-    files = read_files(private, run.folder_tree, change.tree)
-    places = {path: top / path for file in files for path in (file.path, file.old_path)}
-    modes = {place: place.stat().st_mode for place in places.values() if place.is_file()}
-    for path, place in places.items():
-        now = place.read_bytes() if place in modes and not place.is_symlink() else None
-        linked = place.is_symlink() and os.fsencode(os.readlink(place))
-        if (linked or now) != private.file(f"{run.folder_tree}:{path}"):
-            message = f"the change is green, but {path} was edited meanwhile; nothing was written"
-            return hand_over(run, "rejected", message, verdict)
-    patch = os.fsencode(private(*DIFF, run.folder_tree, change.tree))
-    words = ["git", "-C", str(top), "apply", "--whitespace=nowarn", "-"]
-    status, _, err = call(words, env=private.env | {"GIT_DIR": os.devnull}, stdin=patch)
-    if status:
-        raise Refusal(f"the change cannot be written: {one_line(err.decode('utf-8', 'replace'))}")
+    folder = Clone(run, "folder", "")
+    top = folder.path = run.repo.top
+    now, _ = capture(run, folder)
+    paths = {path for file in change.files for path in (file.path, file.old_path)}
+    if edited := sorted(paths & entries_of(run.private, run.folder_tree, now).keys()):
+        message = f"the change is green, but {edited[0]} was edited meanwhile; nothing was written"
+        return hand_over(run, "rejected", message, verdict)
+    same = [top / file.path for file in change.files if file.mode == file.old_mode != "120000"]
+    modes = {place: place.stat().st_mode for place in same if place.is_file()}
+    patch = run.private(*DIFF, run.folder_tree, change.tree)
+    run.git("apply", "--whitespace=nowarn", "-", stdin=os.fsencode(patch))
     for place, mode in modes.items():
-        if place.is_file() and not place.is_symlink():
-            runs = place.stat().st_mode & stat.S_IXUSR  # as far as it may be read
-            place.chmod((mode & 0o666) | ((mode & 0o444) >> 2 if runs else 0))
+        place.chmod(mode)
     message = "this folder is no Git repository, so the change was written into the folder"
     return Ending("proposed", message, change=change, verdict=verdict)
 
 
-DIFF = ("diff-tree", "-r", "-p", "--binary", "--full-index", "--no-ext-diff", "--no-textconv")
+DIFF = ("diff-tree", "-p", "--binary", "--full-index")
+FORGES = {  # in the host's name -> its form, and its program's command
+    "github": (
+        "{web}/compare/{base}...{head}?expand=1&title={title}",
+        "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} "
+        "--body-file {body}",
+    ),
+    "gitlab": (
+        "{pushed}/-/merge_requests/new?merge_request[source_branch]={branch}"
+        "&merge_request[target_branch]={base}&merge_request[title]=Draft:%20{title}",
+        "glab mr create --draft --source-branch {branch} --target-branch {base} --title {title} "
+        '--description "$(cat {body})"',
+    ),
+    "codeberg|forgejo|gitea": (
+        "{web}/compare/{base}...{head}?title={title}",
+        "tea pr create --head {head} --base {base} --title 'WIP: '{title} "
+        '--description "$(cat {body})"',
+    ),
+}
 
 
 def web_address(address: str) -> str:
     """The https address of a repository from its remote's; "" where it is none of a forge's."""
-    url = r"(https?|ssh|git)(?:\+\w+)?://(?:[^@/]*@)?([^/:\s]+)(:\d+)?/+([^/\s]\S*)$"
-    scp = r"()(?:[^@/\s]+@)?([\w-]+(?:\.[\w-]+)+)():(?!/)(\S+)$"
-    if match := re.match(url, address) or re.match(scp, address):
-        scheme = "http" if match[1] == "http" else "https"
-        port = match[3] or "" if match[1].startswith("http") else ""
-        host = re.sub(r"^(alt)?ssh\.(?=git(hub|lab)\.com$)", "", match[2])  # SSH on another port
-        return f"{scheme}://{host}{port}/{match[4].strip('/').removesuffix('.git')}"
-    return ""
+    address = re.sub(r"^(?:[^@/:]+@)?([\w-]+(\.[\w-]+)+):(?!/)", r"ssh://\1/", address)  # scp-like
+    host = (
+        r"(?:(?:alt)?ssh\.(?=git(?:hub|lab)\.com\b))?([^/:\s]+)"  # which take SSH on another port
+    )
+    match = re.match(rf"(https?|ssh|git)://(?:[^@/]*@)?{host}(:\d+)?/+([^/\s]\S*)$", address)
+    if not match:
+        return ""
+    start = f"{match[1]}://{match[2]}{match[3] or ''}"
+    start = start if match[1].startswith("http") else f"https://{match[2]}"
+    return f"{start}/{match[4].strip('/').removesuffix('.git')}"
 
 
 def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     """What the person would run, right for the repository's remote: push, then open a draft."""
     from urllib.parse import quote
 
-    q, config, refs = shlex.quote, run.repo.config, (run.before or {"refs": {}})["refs"]
+    q, config, refs = shlex.quote, run.repo.config, run.before
     here = (run.repo.head_ref or "").removeprefix("refs/heads/")
     urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
     tracked = config.get(f"branch.{here}.remote", "")
-    keys = (f"branch.{here}.pushremote", "remote.pushdefault")
-    wanted = (*(config.get(key, "") for key in keys), "origin", tracked, *urls)
+    wanted = (config.get("remote.pushdefault", ""), "origin", tracked, *urls)
     remote = next((name for name in wanted if name in urls), "")
     push = ("push it", f"git push -u {q(remote or 'origin')} {q(branch)}")
     if not remote:
@@ -2035,52 +2114,48 @@ def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     pushed, web = web_address(urls[remote]), web_address(urls[into])
     if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
         into, web = remote, pushed
-    theirs, base = f"refs/remotes/{into}/", run.settings.base or here
-    base = base.removeprefix(f"{into}/")
-    base = config.get(f"branch.{base}.merge", "").removeprefix("refs/heads/") or base
-    if not base or base.startswith("agent/") or theirs + base not in refs:
+    if not web:
+        return [push]
+    theirs, repo = f"refs/remotes/{into}/", web.partition("://")[2]
+    base = (run.settings.base or here).removeprefix(f"{into}/")
+    if theirs + base not in refs or base.startswith("agent/"):
         base = refs.get(f"{theirs}HEAD", "").rpartition(theirs)[2] or "main"
-    host, title = "".join(web.split("/")[2:3]).lower(), commit_message(run).split("\n")[0]
-    head = f"{pushed.split('/')[-2]}:{branch}" if pushed != web else branch
-    compare = f"{quote(base)}...{quote(head, safe='/:')}?expand=1&title={quote(title, safe='')}"
-    form, body = f"{web}/compare/{compare}", q(str(run.record / "pr.md")) if run.record else ""
-    if "github" in host:
-        words = f"gh pr create --draft --repo {q(web.partition('://')[2])} --head {q(head)} "
-        words += f"--base {q(base)} --title {q(title)} --body-file {body}"
-    elif "gitlab" in host or (run.repo.top / ".gitlab-ci.yml").exists():
-        asked = {"source_branch": branch, "target_branch": base, "title": f"Draft: {title}"}
-        fields = "&".join(f"merge_request%5B{k}%5D={quote(v, safe='')}" for k, v in asked.items())
-        form = f"{pushed}/-/merge_requests/new?{fields}"
-        words = f"glab mr create --draft --source-branch {q(branch)} --target-branch {q(base)} "
-        words += f'--title {q(title)} --description "$(cat {body})"'
-    elif re.search(r"codeberg|forgejo|gitea", host):
-        words = f"tea pr create --head {q(head)} --base {q(base)} "
-        words += f'--title {q("WIP: " + title)} --description "$(cat {body})"'
-    else:
-        form, words = web, ""
+    head = branch if pushed == web else f"{pushed.split('/')[-2]}:{branch}"
+    values = {"web": web, "pushed": pushed, "repo": repo, "branch": branch, "head": head}
+    values |= {"base": base, "title": title_of(run), "body": f"{run.record}/pr.md"}
+    form, words = FORGES["gitlab"] if (run.repo.top / ".gitlab-ci.yml").exists() else ("", "")
+    for name in FORGES:
+        if re.match(f"[^/]*({name})", repo, re.I):
+            form, words = FORGES[name]
     if words and shutil.which(words.split()[0]):
-        return [push, ("open a draft", words)]
-    return [push, *([("open the form", f"python3 -m webbrowser {q(form)}")] if form else [])]
+        return [push, ("open a draft", words.format(**{k: q(v) for k, v in values.items()}))]
+    form = form.format(**{k: quote(v, safe=":/") for k, v in values.items()}) or web
+    return [push, ("open the form", f"python3 -m webbrowser {q(form)}")]
 
 
 def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
     """What a person can do with the work now, as commands that can be pasted."""
-    q, back = shlex.quote, f"git switch --detach {run.repo.head}"
+    q, ref = shlex.quote, shlex.quote(ending.branch or run.kept or "")
+    look = ("look at it", f"git show {ref}")
     if ending.branch:
-        if run.repo.head_ref:
-            back = f"git switch {q(run.repo.head_ref.removeprefix('refs/heads/'))}"
-        branch = q(ending.branch)
-        drop = f"{back} && git branch -D {branch}" if ending.switched else f"git branch -D {branch}"
-        look = ("look at it", f"git show {branch}")
-        return [look, *proposal_commands(run, ending.branch), ("drop it", drop)]
+        drop, head_ref = f"git branch -D {ref}", run.repo.head_ref
+        if ending.switched:
+            back = q(head_ref[11:]) if head_ref else f"--detach {run.repo.head}"
+            drop = f"git switch {back} && {drop}"
+        planted = run.settings.simulate and run.is_repair  # with the red build: not for a remote
+        steps = [] if planted else proposal_commands(run, ending.branch)
+        return [look, *steps, ("drop it", drop)]
     if run.kept:
-        ref = q(run.kept)
         take = f"git switch -c {q(free_branch(run, f'my-{run.slug}'))} {ref}"
-        drop = f"git update-ref -d {ref}"
-        return [("look at it", f"git show {ref}"), ("take it over", take), ("drop it", drop)]
-    if run.record and ending.change and ending.change.files and ending.outcome != "proposed":
-        patch = q(str(run.record / "change.patch"))  # outside Git
-        return [("look at it", f"cat {patch}"), ("take it over", f"git apply {patch}")]
+        return [look, ("take it over", take), ("drop it", f"git update-ref -d {ref}")]
+    if run.record and ending.change and ending.change.files:  # outside Git
+        patch, done = q(f"{run.record}/change.patch"), ending.outcome == "proposed"
+        last = (
+            ("take it back", f"git apply -R {patch}")
+            if done
+            else ("take it over", f"git apply {patch}")
+        )
+        return [("look at it", f"cat {patch}"), last]
     return []
 
 
@@ -2089,42 +2164,38 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
 # report.json. Only what was run is claimed.
 
 MARKS = {"rejects": "✗", "first": "!", "shown": "·"}
-FILE_WORDS = {
-    "A": "added",
-    "C": "copied",
-    "D": "deleted",
-    "M": "changed",
-    "R": "renamed",
-    "T": "retyped",
-}
+FILE_WORDS = {"A": "added", "D": "deleted", "M": "changed", "R": "renamed", "T": "retyped"}
 
 
 def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]]]]:
     """The sections of an ending: their titles, and rows of a mark and a text."""
-    verdict, change = ending.verdict, ending.change
+    verdict, files, shown = ending.verdict or Verdict("", ()), [], []
     told = [(MARKS[f.severity], finding_text(f)) for f in findings_of(ending)]
-    notes = [("note:", note) for note in [*(verdict.notes if verdict else ()), *run.mentions]]
-    rows, shown = [], []
-    for file in sorted(
-        change.files if change else (), key=lambda f: f.status != "A" or "/" in f.path
-    ):
+    for file in ending.change.files if ending.change else ():
         name = file.path if file.path == file.old_path else f"{file.old_path} → {file.path}"
         counts = "binary" if file.binary else f"+{file.added} -{file.deleted}"
-        rows.append((FILE_WORDS[file.status], f"{one_line(name)} ({counts})"))
-    for name, outcome in (verdict.proof or {}).get("new_on_old", {}).items() if verdict else ():
-        does = "cannot run" if outcome == "could not run" else "fails"
-        if outcome != "passed":
-            shown.append(("✓", f"{name} {does} without the change, and passes with it"))
-    shown += [
-        ("✓" if c.passed else "✗", check_text(c)) for c in (verdict.checks if verdict else ())
-    ]
-    broken = [(" ", f"{moved.what}\n    {moved.undo}") for moved in run.moved if moved.broken]
+        files.append((FILE_WORDS[file.status], f"{one_line(name)} ({counts})"))
+    for test, how in (verdict.proof or {}).get("new_on_old", {}).items():
+        does = "cannot run" if how == "could not run" else "fails"
+        if how != "passed":
+            shown.append(("✓", f"{test} {does} without the change, and passes with it"))
+    contradicted = [*(verdict.proof or {}).get("contradicted", {}).values()]
+    if fail := sum(outcome != "passed" for outcome in contradicted):
+        total = f"{fail} of {len(contradicted)} new or mended tests"
+        shown.append(("✓", f"{total} fail once they are told to expect something else"))
+    shown += [("✓", check_text(check)) for check in verdict.checks if check.passed]
+    if run.before and not run.moved:
+        shown.append(("✓", "your branches, tags, configuration and hooks are as they were"))
+    notes = [("note:", note) for note in (*verdict.notes, *run.mentions)]
     sections = [
-        ("Files", rows),
-        ("Look at this first", [row for row in told if row[0] != MARKS["shown"]]),
-        ("What was shown", shown if ending.outcome in ("proposed", "rejected", "gave-up") else []),
-        ("Also", [row for row in told if row[0] == MARKS["shown"]] + notes),
-        ("What changed of yours; if that was not you, these commands undo it", broken),
+        ("Files", sorted(files, key=lambda row: row[0] != "added" or "/" in row[1])),  # leftovers
+        ("Look at this first", [row for row in told if row[0] != "·"]),
+        ("What was shown", shown if ending.outcome == "proposed" else []),
+        ("Also", [row for row in told if row[0] == "·"] + notes),
+        (
+            "What changed of yours; if that was not you, these commands undo it",
+            [(" ", f"{moved.what}\n    {moved.undo}") for moved in run.moved if moved.broken],
+        ),
     ]
     return [
         (t, r[:30] + [("", f"and {len(r) - 30} more")] * (len(r) > 30)) for t, r in sections if r
@@ -2133,9 +2204,8 @@ def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]
 
 def findings_of(ending: Ending) -> list[Finding]:
     """Findings in the order to read them: the gravest first, among equals the rarest kind."""
-    found = list(ending.verdict.findings) if ending.verdict else []
-    if ending.change and not found:
-        found = list(ending.change.left_out)
+    found = ending.verdict.findings if ending.verdict else ()
+    found = found or (ending.change.left_out if ending.change else ())
     kinds, order = Counter(finding.kind for finding in found), list(MARKS)
     return sorted(found, key=lambda f: (order.index(f.severity), kinds[f.kind], f.kind))
 
@@ -2148,31 +2218,31 @@ def check_text(check: Check) -> str:
 
 
 def headline(ending: Ending) -> str:
-    """The outcome in one sentence."""
-    count = sum(finding.severity == "first" for finding in findings_of(ending))
     if ending.outcome != "proposed":
         return ending.message
-    look = f", {count} thing{'s' if count > 1 else ''} to look at first" if count else ""
+    count = sum(finding.severity == "first" for finding in findings_of(ending))
+    look = f", {count} thing{'s' * (count > 1)} to look at first" if count else ""
     return f"every check is green{look}; {ending.message}"
 
 
 def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
-    """What the person reads at the end."""
     lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {headline(ending)}"]
-    turn = run.turns[-1] if run.turns else None
-    if turn and turn.failed and ending.outcome != "proposed":
-        said = [line for line in plain(turn.ran.output).split("\n") if line.strip()]
-        lines += [f"  agent │ {line}" for line in said[-10:]]
-    for check in ending.verdict.checks if ending.verdict and ending.outcome != "proposed" else ():
-        if not check.passed:
-            lines += ["", f"{check.name} is red: {check.reason}"]
-            lines += [f"  │ {line}" for line in telling_lines(check.output).split("\n") if line]
+    if ending.outcome != "proposed":
+        if run.turns and run.turns[-1].failed:
+            said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
+            lines += [f"  agent │ {line}" for line in said[-10:]]
+        for check in ending.verdict.checks if ending.verdict else ():
+            if not check.passed:
+                told = telling_lines(check.output).split("\n")
+                lines += ["", f"{check.name} is red:", *(f"  │ {line}" for line in told if line)]
     for title, rows in tell_story(run, ending):
         lines += ["", f"{title}:", *(f"  {mark} {text}" for mark, text in rows)]
     if steps:
-        lines += ["", "It is yours now:" if ending.branch else "The agent's work is kept:"]
+        yours = ending.outcome == "proposed"
+        lines += ["", "It is yours now:" if yours else "The agent's work is kept:"]
         lines += [f"  {what + ':':14} {command}" for what, command in steps]
-    return lines + (["", f"Record: {run.record}"] if run.record else [])
+    text = f" (the text for the pull request: {run.record}/pr.md)" if ending.branch else ""
+    return lines + (["", f"Record: {run.record}{text}"] if run.record else [])
 
 
 def telling_lines(output: str) -> str:
@@ -2185,25 +2255,25 @@ def telling_lines(output: str) -> str:
 def code(text: str) -> str:
     """Foreign text as a Markdown code span that it cannot leave."""
     text = unreferenced(one_line(text, 400)) or " "
-    ticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if "`" in (text[0], text[-1]) else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def pr_text(run: Run, ending: Ending) -> str:
-    """The pull request's text, safe on every forge."""
-    proposed = "" if ending.outcome == "proposed" else "**No proposal.** "
-    lines = [f"{proposed}{code(headline(ending))}", "", "## What was asked", "", code(run.title)]
+    text, change = headline(ending), ending.change
+    lines = [text.partition(";")[0] + ".", ""]
+    if ending.outcome != "proposed":
+        lines = [f"**No proposal.** {code(text)}", ""]
+    lines += ["## What was asked", "", code(run.title)]
     if run.issue and run.issue.reference:
         lines += ["", f"Refers to {run.issue.reference}"]
-    for title, rows in tell_story(run, ending):
+    made = [("Attempts:", str(len(run.turns))), ("Gate:", "; ".join(run.settings.gate))]
+    made.append(("Guard:", ", ".join(run.levels)))
+    if change and ending.verdict:
+        made.append(("Judged:", f"tree {change.tree}, commit {change.commit}, on {change.base}"))
+    for title, rows in [*tell_story(run, ending), ("How it was made", made)]:
         lines += ["", f"## {title}", "", *(f"- {mark} {code(text)}" for mark, text in rows)]
-    lines += ["", "## How it was made", "", f"- Attempts: {len(run.turns)}"]
-    lines += [f"- Gate: {code('; '.join(run.settings.gate))}", f"- Guard: {', '.join(run.levels)}"]
-    if change := ending.change:
-        lines.append(
-            f"- Judged: tree `{change.tree}`, commit `{change.commit}`, on `{change.base}`"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -2213,9 +2283,9 @@ def report_checks(verdict: Verdict | None) -> list[dict[str, Any]] | None:
     for check in verdict.checks if verdict else ():
         row = {k: getattr(check, k) for k in ("name", "command", "passed", "reason")}
         row["seconds"] = round(check.seconds, 3)
-        told = None if check.tests is None else Counter(check.tests.values())
         for word, also in (("passed", ""), ("failed", "error"), ("skipped", "xfailed")):
-            row[f"tests_{word}"] = None if told is None else told[word] + told[also]
+            told = check.tests and [how for how in check.tests.values() if how in (word, also)]
+            row[f"tests_{word}"] = None if told is None else len(told)
         rows.append(row)
     return rows if verdict else None
 
@@ -2228,11 +2298,7 @@ def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict
         | {"seconds": round(turn.ran.seconds, 3), "gate": report_checks(turn.verdict)}
         for turn in run.turns
     ]
-    proposal: dict[str, Any] = {
-        "title": commit_message(run).split("\n")[0],
-        "commands": [c for _, c in steps],
-    }
-    proposal["body_file"] = str(run.record / "pr.md") if run.record else None
+    proposal = {"title": title_of(run), "commands": [command for _, command in steps]}
     return {
         "outcome": ending.outcome or None,
         "exit_code": ending.status,
@@ -2241,18 +2307,18 @@ def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict
         "branch": ending.branch,
         "base": run.base or None,
         "start": run.repo.head or None,
-        "commit": change.commit if change else None,
-        "tree": change.tree if change else None,
+        "commit": change and change.commit,
+        "tree": change and change.tree,
         "attempts": attempts,
         "gate": report_checks(verdict),
         "findings": [finding._asdict() for finding in findings_of(ending)],
-        "proof": verdict.proof if verdict else None,
+        "proof": verdict and verdict.proof,
         "guard": run.levels if run.lock else None,
-        "proposal": proposal if ending.branch else None,
+        "proposal": proposal | {"body_file": f"{run.record}/pr.md"} if ending.branch else None,
         "kept": run.kept,
         "moved": [moved._asdict() for moved in run.moved],
         "mentions": [*(verdict.notes if verdict else ()), *run.mentions],
-        "record": str(run.record) if run.record else None,
+        "record": run.record and str(run.record),
     }
 
 
@@ -2275,11 +2341,8 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
     report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
     if run.record:
         if change := ending.change:
-            large = [
-                f"0 {file.blob}\t{file.path}\0" for file in change.files if file.size > 4 * LARGE
-            ]
-            tree = build_tree(run.private, change.tree, large)  # the ref alone holds those
-            run.note("change.patch", run.private(*DIFF, "-M", run.base, tree))
+            before = run.folder_tree or run.base  # outside Git: what lies in the folder
+            run.note("change.patch", run.private(*DIFF, "-M", before, change.tree))
         run.note("pr.md", text)
         run.note("report.json", json.dumps(report, indent=2) + "\n")
         prune(run)
@@ -2293,38 +2356,35 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
 
 
 def mention_the_rest(run: Run, ending: Ending) -> None:
-    """What a reviewer should know beside the findings: leftovers, hooks that were not asked."""
-    change, mentions, switch = ending.change, run.mentions, ""
-    if ending.branch and not ending.switched:
-        switch = f"git switch {shlex.quote(ending.branch)} && "
-    top = [f.path for f in change.files if f.status == "A" and "/" not in f.path] if change else []
-    if scraps := [one_line(path) for path in top if not path.endswith(".py")]:
-        mentions.append(f"new at the top, leftovers perhaps: {', '.join(scraps[:10])}")
-    if run.rewritten and change and run.record:
+    """What a reviewer should know beside the findings: a rewrite, hooks that were not asked."""
+    files = ending.change.files if ending.change else ()
+    top = [one_line(f.path) for f in files if f.status == "A" and "/" not in f.path]
+    if scraps := [path for path in top if not path.endswith(".py")][:10]:
+        run.mentions.append(f"new at the top, leftovers perhaps: {', '.join(scraps)}")
+    if run.settings.simulate and run.is_repair and ending.branch:
+        run.mentions.append("the branch holds the planted red build too; it is for looking at")
+    moved = ending.branch and not ending.switched
+    switch = f"git switch {shlex.quote(ending.branch or '')} && " if moved else ""
+    if run.rewritten and ending.change and run.record:
         run.note("rewritten.patch", run.rewritten)
-        text = "a gate command rewrote files in its own checkout, and this does not hold that"
-        patch = shlex.quote(str(run.record / "rewritten.patch"))
-        mentions.append(f"{text}; to add it: {switch}git apply {patch}")
-    names = ("pre-commit", "commit-msg", "prepare-commit-msg")
-    hooks = [n for n in names if run.repo.hooks and os.access(run.repo.hooks / n, os.X_OK)]
+        again = f"{switch}git apply {shlex.quote(f'{run.record}/rewritten.patch')}"
+        run.mentions.append(
+            f"a gate command rewrote files, which is not in this; to add it: {again}"
+        )
+    names, folder = ("pre-commit", "commit-msg", "prepare-commit-msg"), run.repo.hooks
+    hooks = ", ".join(name for name in names if folder and os.access(folder / name, os.X_OK))
     if ending.branch and hooks:
-        amend = f"git commit --amend --no-edit{' -s' if 'commit-msg' in hooks else ''}"
-        text = f"your hooks ({', '.join(hooks)}) were not run on this commit; to run them: "
-        mentions.append(f"{text}{switch}{amend}")
+        again = f"{switch}git commit --amend --no-edit{' -s' * ('commit-msg' in hooks)}"
+        run.mentions.append(f"your hooks ({hooks}) were not run on this; to run them: {again}")
 
 
 def prune(run: Run) -> None:
     """Keep the last records with their refs, and the last baselines; drop what is older."""
-    space, refs = "refs/agent-runner/", list[str]()
-    if run.repo.common_dir:
-        refs = run.git("for-each-ref", "--format=%(refname)", space, check=False).split()
-    names = {ref.removeprefix(space) for ref in refs} | {
-        path.name for path in run.records.glob("*")
-    }
+    words = ("for-each-ref", "--format=%(refname:lstrip=2)", "refs/agent-runner/")
+    names = {*run.git(*words, check=False).split(), *(path.name for path in run.records.glob("*"))}
     for name in sorted(name for name in names if re.match(r"\d{8}-\d{6}-", name))[:-RECORDS]:
         shutil.rmtree(run.records / name, ignore_errors=True)
-        if space + name in refs:
-            run.git("update-ref", "-d", space + name, check=False)
+        run.git("update-ref", "-d", f"refs/agent-runner/{name}", check=False)
     for file in sorted(run.records.glob("baseline/*.json"), key=os.path.getmtime)[:-RECORDS]:
         file.unlink(missing_ok=True)
 
@@ -2347,27 +2407,21 @@ STORES = (
     *(".cache/git/credential", ".config/gh", ".config/glab-cli", ".config/tea", ".pypirc"),
     *(".local/share/keyrings", ".docker/config.json"),
 )
-RULE = "Edit files only. The supervisor turns them into a proposal; a person merges it."
-HOOK = f"""#!/bin/sh
-[ "$1" = prepared ] || exit 0
-echo "agent_runner: branches, tags and stashes here are not changed during a run. {RULE}" >&2
-exit 1
-"""
-SHIM = f"""#!/bin/sh
-echo "agent_runner: ${{0##*/}} is withheld during a run. {RULE}" >&2
+REFUSAL = """#!/bin/sh
+case "$1" in committed | aborted) exit 0 ;; esac
+echo "agent_runner: branches, tags, remotes and logins are withheld during a run (${0##*/}). \
+Edit files only. The supervisor turns them into a proposal; a person merges it." >&2
 exit 1
 """
 # Without the kernel level, and beside other work trees, what is installed as editable points to a
 # checkout. A submodule that a change deletes was once supplied from there: a false green.
-REDIRECT = '''\
-"""Imports of the checkout's code come from the clone that this process works in."""
-import importlib.machinery as machinery
+REDIRECT = """\
 import importlib.util
 import os
 import sys
+from importlib.machinery import PathFinder
 
-clone = os.environ.get("AGENT_RUNNER_CLONE", "")
-tops = os.environ.get("AGENT_RUNNER_TOPS", "").split(os.pathsep) if clone else []
+clone, *tops = os.environ.get("AGENT_RUNNER_TOPS", "").split(os.pathsep)
 
 
 def moved(path):
@@ -2379,31 +2433,24 @@ def moved(path):
 
 class Redirected:
     def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
+        self.find = finder.find_spec
 
     def find_spec(self, name, path=None, target=None):
-        spec = self.finder.find_spec(name, path, target)
-        places = [spec.origin, *(spec.submodule_search_locations or [])] if spec else []
-        place = next((p for p in places if p and moved(p) != p), None)
-        if place is None:
-            return spec
-        folder = os.path.dirname(place)
-        if os.path.basename(place).startswith("__init__."):
-            folder = os.path.dirname(folder)
-        return machinery.PathFinder.find_spec(name, [moved(folder)])
+        spec = self.find(name, path, target)
+        for place in [spec.origin, *(spec.submodule_search_locations or [])] if spec else []:
+            if place and moved(place) != place:
+                folder = os.path.dirname(place.partition("/__init__.")[0])
+                return PathFinder.find_spec(name, [moved(folder)])
+        return spec
 
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [moved(path) for path in sys.path if path != here]
-usual = (machinery.BuiltinImporter, machinery.FrozenImporter, machinery.PathFinder)
-sys.meta_path[:] = [f if f in usual else Redirected(f) for f in sys.meta_path]
-spec = machinery.PathFinder.find_spec("sitecustomize", sys.path)
+sys.meta_path[:] = [f if "_frozen" in f.__module__ else Redirected(f) for f in sys.meta_path]
+spec = PathFinder.find_spec("sitecustomize", sys.path)
 if spec and spec.loader:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-'''
+"""
 
 
 def secrets_in(environ: Iterable[tuple[str, str]]) -> list[str]:
@@ -2414,68 +2461,56 @@ def secrets_in(environ: Iterable[tuple[str, str]]) -> list[str]:
     return sorted(parts, key=len, reverse=True)
 
 
+# Root becomes an ordinary user in there, so that nothing can be unmounted again.
+NAMESPACE = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--die-with-parent"]
+NAMESPACE += ["--uid", "1000", "--gid", "1000"] if os.getuid() == 0 else []
+NAMESPACE += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+
+
 def find_bwrap(mode: str, top: Path) -> tuple[str, str]:
     """bubblewrap's path when the kernel level works here, else "" and why not, with the remedy."""
-    path = shutil.which("bwrap") if LINUX and mode != "off" else None
-    reason = "bubblewrap is not installed (on most systems the package bubblewrap)"
+    path = shutil.which("bwrap")
     if mode == "off" or not LINUX:
-        reason = "--sandbox off" if mode == "off" else "it needs Linux"
-    if path and home_folder().resolve().is_relative_to(top):
-        path, reason = None, "the repository holds your home folder"
-    if path:
-        probe = [
-            path,
-            *NAMESPACE,
-            "--ro-bind",
-            "/",
-            "/",
-            "--dev",
-            "/dev",
-            "--proc",
-            "/proc",
-            "true",
-        ]
-        status, _, err = call(probe, limit=20)
+        reason = "--sandbox off" if LINUX else "it needs Linux"
+    elif home_folder().resolve().is_relative_to(top):
+        reason = "the repository holds your home folder"
+    elif not path:
+        reason = "bubblewrap is not installed (on most systems the package bubblewrap)"
+    else:
+        status, _, err = call([path, *NAMESPACE, "true"], limit=20)
         if status == 0:
             return path, ""
         reason = f"bubblewrap is refused here ({one_line(err.decode('utf-8', 'replace'), 120)})"
-        switch = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
-        if switch.exists() and switch.read_text().strip() == "1":
+        if Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").exists():
             reason += "; to allow it: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
     if mode == "require":
         raise Refusal(f"--sandbox require: the kernel level cannot be had: {reason}.")
     return "", reason
 
 
-# Root becomes an ordinary user in there, so that nothing can be unmounted again.
-NAMESPACE = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--die-with-parent"]
-NAMESPACE += ["--uid", "1000", "--gid", "1000"] if os.getuid() == 0 else []
-
-
 def write_guard(run: Run) -> dict[str, str]:
     """Write hook, shims and redirection; the Git configuration that puts them in force."""
-    repo, folder = run.repo, run.folder / "guard"
-    shim = str(folder / "bin" / "ssh-refused")
-    texts = {f"bin/{name}": SHIM for name in ("ssh-refused", "gh", "glab", "tea")}
-    texts |= {"hooks/reference-transaction": HOOK, "imports/sitecustomize.py": REDIRECT}
+    repo, folder, own = run.repo, run.folder / "guard", set[str]()
+    names = ("bin/ssh-refused", "bin/gh", "bin/glab", "bin/tea", "hooks/reference-transaction")
+    texts = dict.fromkeys(names, REFUSAL) | {"imports/sitecustomize.py": REDIRECT}
     texts |= {
         "empty/nothing": "",
-        "repository": f"[core]\n\thooksPath = {quoted(folder / 'hooks')}\n",
+        "repository": f"[core]\nhooksPath = {quoted(folder / 'hooks')}\n",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
         (folder / name).chmod(0o755)
-    config, refused = {"credential.helper": "", "core.askPass": shim}, [*run.addresses]
+    config = {"credential.helper": "", "core.askPass": f"{folder}/bin/ssh-refused"}
     if repo.common_dir and not run.bwrap:
-        literal = re.sub(r"[*?\[\]\\]", r"\\\g<0>", repo.common_dir.as_posix())
+        literal = re.sub(r"[*?\[\]\\]", r"\\\g<0>", str(repo.common_dir))
         for pattern in (literal, f"{literal}/"):
-            config[f"includeIf.gitdir:{pattern}.path"] = str(folder / "repository")
-        refused += [str(repo.top), f"file://{repo.top}"]
-    for number, address in enumerate(sorted({*refused, *map(str, run.remotes)})):
+            config[f"includeIf.gitdir:{pattern}.path"] = f"{folder}/repository"
+        own = {str(repo.top), f"file://{repo.top}"}
+    for number, address in enumerate(sorted({*run.addresses, *map(str, run.remotes), *own})):
         nowhere = f"url.file:///refused-by-agent_runner/{number}/"
         config[f"{nowhere}.pushInsteadOf"] = address
-        if address not in refused[len(run.addresses) :]:
+        if address not in own:
             config[f"{nowhere}.insteadOf"] = address
     return config
 
@@ -2484,15 +2519,15 @@ def child_env(run: Run, clone: Clone, role: str) -> dict[str, str]:
     """The environment of agent, setup and gate: without logins, with Git guarded."""
     kept, folder, path = run.settings.keep_env, run.folder / "guard", run.path
     env = {k: v for k, v in os.environ.items() if k in kept or not WITHHELD.match(k)}
-    guard = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(clone.tmp))
-    shim = str(folder / "bin" / "ssh-refused")
-    guard |= dict.fromkeys(("GIT_ASKPASS", "SSH_ASKPASS", "GIT_SSH_COMMAND"), shim)
-    guard |= dict.fromkeys(("GH_CONFIG_DIR", "GLAB_CONFIG_DIR"), str(folder / "empty"))
-    guard |= {"GIT_TERMINAL_PROMPT": "0", "PWD": str(clone.seen / run.repo.prefix)}
-    guard |= {"AGENT_RUNNER_RUN": run.folder.name, "AGENT_RUNNER_JOB": os.urandom(8).hex()}
+    refused = ("GIT_ASKPASS", "SSH_ASKPASS", "GIT_SSH_COMMAND")
+    guard = dict.fromkeys(refused, f"{folder}/bin/ssh-refused")
+    guard |= dict.fromkeys(("GH_CONFIG_DIR", "GLAB_CONFIG_DIR"), f"{folder}/empty")
+    guard |= {"GIT_TERMINAL_PROMPT": "0", "TMPDIR": str(clone.tmp)}
+    guard |= {"PWD": str(clone.seen / run.repo.prefix), "AGENT_RUNNER_RUN": run.folder.name}
+    guard |= {"AGENT_RUNNER_JOB": os.urandom(8).hex()} | config_env(run.git_guard)
     if not run.bwrap:
-        guard["GIT_TRACE2_EVENT"] = str(run.tmp / "trace")  # what Git was asked, and where
-    env |= {k: v for k, v in (guard | config_env(run.git_guard)).items() if k not in kept}
+        guard["GIT_TRACE2_EVENT"] = f"{run.tmp}/trace"  # what Git was asked, and where
+    env |= {k: v for k, v in guard.items() if k not in kept}
     environment = clone.environment or run.environment
     for place in (run.repo.prefix, "."):
         own = clone.path / place / ".venv"
@@ -2500,14 +2535,13 @@ def child_env(run: Run, clone: Clone, role: str) -> dict[str, str]:
             environment = clone.seen / place / ".venv"
     if environment:
         env["VIRTUAL_ENV"] = str(environment)
-        path = [str(environment / "bin"), *path]
-    env["PATH"] = os.pathsep.join((str(folder / "bin"), *path))
+        path = [f"{environment}/bin", *path]
+    env["PATH"] = os.pathsep.join((f"{folder}/bin", *path))
     tops = [*([] if run.bwrap else [run.repo.top]), *other_checkouts(run)]
     if tops and run.repo.common_dir:
-        env["AGENT_RUNNER_CLONE"] = str(clone.seen)
-        env["AGENT_RUNNER_TOPS"] = os.pathsep.join(map(str, tops))
-        own_path = (str(folder / "imports"), os.environ.get("PYTHONPATH", ""))
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, own_path))
+        env["AGENT_RUNNER_TOPS"] = os.pathsep.join(map(str, (clone.seen, *tops)))
+        searched = (f"{folder}/imports", os.environ.get("PYTHONPATH", ""))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, searched))
     if not (user_base() / "lib").is_dir():
         env["PYTHONNOUSERSITE"] = "1"  # nothing of the user's is there, so nothing that appears is
     if role == "gate":  # no cache that others could have written to
@@ -2528,35 +2562,33 @@ class Job(NamedTuple):
 
 def guarded_job(run: Run, clone: Clone, words: Sequence[str], role: str, limit: float) -> Job:
     """A command of the agent's, the setup's or the gate's, as the guard lets it run in a clone."""
-    env, place = child_env(run, clone, role), clone.path / run.repo.prefix
+    env, top, argv = child_env(run, clone, role), run.repo.top, list(words)
+    place = clone.path / run.repo.prefix
     if follows_link(place):  # the change may not choose where it is judged
-        return Job(tuple(words), run.folder / "gone", env, limit)
+        return Job(tuple(argv), run.folder / "gone", env, limit)
     place.mkdir(parents=True, exist_ok=True)
     if not run.bwrap:
-        argv = list(words)
         for number, word in enumerate(words):  # what names something in the checkout: the clone's
-            own = clone.path / os.path.relpath(word, run.repo.top)
-            if run.repo.common_dir and Path(word).is_relative_to(run.repo.top) and own.exists():
+            own = clone.path / os.path.relpath(word, top)
+            if run.repo.common_dir and Path(word).is_relative_to(top) and own.exists():
                 argv[number] = str(own)
         return Job(tuple(argv), place, env, limit)
     if role not in run.machine:
         run.machine[role] = machine_args(run, writable=role == "agent")
-    own_folders = [clone.tmp, *([clone.environment] if clone.environment else [])]
-    lent = [str((run.repo.top / path).resolve()) for path in clone.lent]
     sandbox = [
         *(run.bwrap, *run.machine[role]),
-        *mounts("ro-bind", (run.folder / "guard", run.folder / "brief.md")),
-        *mounts("bind", own_folders),
-        *("--bind", str(clone.path), str(run.repo.top)),
-        *(word for path in lent for word in ("--ro-bind-try", path, path)),
-        *("--chdir", str(run.repo.top / run.repo.prefix), "--"),
+        *mounts("ro-bind", run.folder / "guard", run.folder / "brief.md"),
+        *mounts("bind", clone.tmp, clone.environment),
+        *("--bind", str(clone.path), str(top)),
+        *mounts("ro-bind", *(top / path for path in clone.lent)),
+        *("--chdir", str(top / run.repo.prefix), "--"),
     ]
-    return Job((*sandbox, *words), Path("/"), env, limit)
+    return Job((*sandbox, *argv), Path("/"), env, limit)
 
 
-def mounts(how: str, paths: Iterable[Path]) -> list[str]:
+def mounts(how: str, *paths: Path | None) -> list[str]:
     """bubblewrap's arguments that show paths where they are, as far as they are there."""
-    places = dict.fromkeys(str(path.resolve()) for path in paths if path.exists())
+    places = dict.fromkeys(str(path.resolve()) for path in paths if path and path.exists())
     return [word for place in places if place != "/" for word in (f"--{how}-try", place, place)]
 
 
@@ -2566,30 +2598,41 @@ def machine_args(run: Run, *, writable: bool) -> list[str]:
     moved = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
     places = [home, *moved, tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     free = [Path(place).resolve() for place in places if place]
-    settings = [home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff")]
-    ground = [f for f in judge_ground(run) if f.resolve() not in (home, *home.parents, *free)]
-    given = [Path(os.path.abspath(os.path.expanduser(path))) for path in run.settings.writable]
-    inside = [path for path in (repo.top, repo.common_dir, repo.git_dir) if path]
-    outside = [
-        entry for folder in {*inside[1:]} for entry in folder.iterdir() if entry.is_symlink()
+    ground = [path for path in judge_ground(run) if path.resolve() not in (*home.parents, *free)]
+    settings = [home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff"), repo.hooks]
+    folders = [folder for folder in (repo.common_dir, repo.git_dir) if folder]
+    links = [path for folder in folders for path in folder.iterdir() if path.is_symlink()]
+    given = [run.start / os.path.expanduser(path) for path in run.settings.writable]
+    # A folder above a mount could be moved away with it, and another put in its place, unless it is
+    # a mount itself.
+    held = [
+        *ground,
+        *run.config_files,
+        *run.remotes,
+        *links,
+        *others,
+        *folders,
+        repo.top,
+        run.folder,
     ]
-    outside = [path.resolve() for path in (*outside, *([repo.hooks] if repo.hooks else []))]
-    outside = [p for p in outside if not any(p.is_relative_to(place) for place in inside)]
+    held += [path for path in settings if path]
+    above = {
+        p for path in held for p in path.resolve().parents if not {*free}.isdisjoint(p.parents)
+    }
     args = [
-        *(*NAMESPACE, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
-        *mounts("bind", free),
-        *mounts("ro-bind", (*ground, *settings, *run.config_files, *run.remotes, *outside)),
+        *NAMESPACE,
+        *mounts("bind", *free, *sorted(above)),
+        *mounts("ro-bind", *ground, *settings, *run.config_files, *run.remotes, *links),
         *cover_stores(run),
-        *mounts("bind", given if writable else ()),
+        *mounts("bind", *(given if writable else ())),
         *(word for path in others for word in ("--tmpfs", str(path))),
-        *mounts("ro-bind", (f for f in ground if any(path in f.parents for path in others))),
+        *mounts("ro-bind", *(p for p in ground if not {*p.parents}.isdisjoint(others))),
         *("--tmpfs", str(run.folder.parent), "--tmpfs", str(run.tmp.parent)),
     ]
-    nothing = str(run.folder / "guard/empty/nothing")
     for seen, folder in zip(borrowed_objects(run), object_folders(run), strict=True):
         args += ["--ro-bind", str(folder), str(seen)]
         if seen != folder and (folder / "info/alternates").exists():  # they would lead in a circle
-            args += ["--ro-bind", nothing, str(seen / "info/alternates")]
+            args += ["--ro-bind", f"{run.folder}/guard/empty/nothing", f"{seen}/info/alternates"]
     return args
 
 
@@ -2598,19 +2641,20 @@ def judge_ground(run: Run) -> list[Path]:
 
     An environment whole; of another tool's folder (~/.cargo, ~/.npm) only the programs.
     """
-    found = [find_program(run, words[0]) for words in (*run.commands, ["python3"])]
     folders = {
         Path(sys.prefix),
         Path(sys.base_prefix),
         user_base() / "lib",
         Path(__file__).resolve(),
     }
-    for place in {q for p in found if p for q in (p, Path(os.path.realpath(p)))}:
-        root = place.parent.parent
-        whole = (root / "pyvenv.cfg").exists() or any(root.glob("lib/python3*"))
-        whole = (whole and root != home_folder() / ".local") or place.parent.name == "shims"
-        folders.add(root if whole else place.parent)
     folders |= {run.environment} if run.environment else set()
+    for words in (*run.commands, ["python3"]):
+        program = find_program(run, words[0])
+        for place in (program, program.resolve()) if program else ():
+            root = place.parent.parent
+            whole = (root / "pyvenv.cfg").exists() or any(root.glob("lib/python3*"))
+            whole = (whole and root != home_folder() / ".local") or place.parent.name == "shims"
+            folders.add(root if whole else place.parent)
     searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     folders |= {p for p in searched if p.is_absolute() and not p.is_relative_to(run.repo.top)}
     return sorted(folders)
@@ -2618,19 +2662,17 @@ def judge_ground(run: Run) -> list[Path]:
 
 def cover_stores(run: Run) -> list[str]:
     """Arguments that hide credential stores, login sockets, and a forge runner's order files."""
-    agent, args, nothing = (
-        os.environ.get("SSH_AUTH_SOCK"),
-        [],
-        str(run.folder / "guard/empty/nothing"),
-    )
-    orders = [value for key, value in os.environ.items() if re.match(RUNNER_FILES, key)]
-    named = [agent, os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.getuid()}", *orders]
+    agent, args = os.environ.get("SSH_AUTH_SOCK"), list[str]()
+    named = [value for key, value in os.environ.items() if re.match(RUNNER_FILES, key)]
+    named += [agent or "", os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}"]
     needed = (run.folder, run.tmp, run.repo.top, home_folder(), Path(tempfile.gettempdir()))
     paths = [Path(p) for p in named if p and not any(n.is_relative_to(p) for n in needed)]
     for path in (*(home_folder() / name for name in STORES), *map(in_home, STORES), *paths):
         if path.exists():
-            place = str(path.resolve())
-            args += ["--tmpfs", place] if path.is_dir() else ["--ro-bind", nothing, place]
+            hide = (
+                ["--tmpfs"] if path.is_dir() else ["--ro-bind", f"{run.folder}/guard/empty/nothing"]
+            )
+            args += [*hide, str(path.resolve())]
     if agent and "SSH_AUTH_SOCK" in run.settings.keep_env:
         args += ["--bind", agent, agent]
     return args
@@ -2644,7 +2686,7 @@ def other_checkouts(run: Run) -> list[Path]:
 
 # Verified: what a run must leave alone is compared with what it was.
 
-Snapshot = dict[str, dict[str, str]]  # refs, files, edits, installed: each name -> state
+Snapshot = dict[str, str]  # a ref, a file, your checkout, your environment: name -> state
 
 
 class Moved(NamedTuple):
@@ -2657,53 +2699,55 @@ class Moved(NamedTuple):
 
 def take_snapshot(run: Run) -> Snapshot:
     """Read refs, HEAD, configuration and hooks; the cost grows with their number alone."""
-    repo, refs = run.repo, dict[str, str]()
+    repo, state = run.repo, Snapshot()
     if not (repo.git_dir and repo.common_dir):
-        return {"refs": {}, "files": {}, "edits": {}, "installed": {}}
+        return state
     for place in (repo.top, *run.remotes):
         asked = ("-C", str(place), "for-each-ref", "--format=%(refname) %(objectname) %(symref)")
         for line in run.git(*asked, check=place == repo.top).splitlines():
-            name, _, value = line.partition(" ")
-            refs[name if place == repo.top else f"{place}\t{name}"] = value.strip()
-    refs["HEAD"] = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
-    names = "config info/exclude info/attributes info/grafts objects/info/alternates shallow"
-    paths = {repo.common_dir / name for name in names.split()} | {repo.git_dir / "config.worktree"}
-    paths |= {p for p in (repo.hooks.glob("*") if repo.hooks else ()) if p.suffix != ".sample"}
-    paths |= {in_home(".config/git") / name for name in ("config", "ignore", "attributes")}
-    paths |= {home_folder() / ".gitconfig", Path(__file__).resolve(), *run.config_files}
-    places = [] if run.bwrap or not run.environment else [run.environment]
-    sites = [site for place in places for site in place.glob("lib/python*/site-packages")]
-    installed = {str(path): file_state(path) for site in sites for path in site.iterdir()}
+            ref, _, value = line.partition(" ")
+            state[ref if place == repo.top else f"{ref} of {place}"] = value.strip()
+    state["HEAD"] = (repo.git_dir / "HEAD").read_text("utf-8", "replace").strip()
+    names = ("config", "info/exclude", "info/attributes", "logs/refs/stash")
+    paths = {repo.common_dir / name for name in names}
+    paths |= {path for path in (repo.hooks or repo.top).glob("*") if path.suffix != ".sample"}
+    paths |= {in_home(f".config/git/{name}") for name in ("config", "ignore", "attributes")}
+    paths |= {repo.git_dir / "config.worktree", home_folder() / ".gitconfig", *run.config_files}
+    paths |= {in_home(f".config/ruff/{name}") for name in ("ruff.toml", "pyproject.toml")}
+    for folder in {*repo.top.parents, *run.folder.parents}:  # where tools look for settings, too
+        for pattern in ("*.toml", "*.ini", "*.cfg", "conftest.py"):
+            paths |= {*folder.glob(pattern)} if os.access(folder, os.W_OK) else set()
+    state |= {str(path): file_hash(path) for path in (*paths, Path(__file__).resolve())}
     words = ("status", "--porcelain", "-z", "-uno", "--ignore-submodules=all", "--no-renames")
-    edits = {
-        e[3:]: f"{e[:2]} {file_state(repo.top / e[3:])}"
-        for e in zsplit(run.git(*words, check=False))
-    }
-    files = {str(path): file_hash(path) for path in sorted(paths)}
-    return {"refs": refs, "files": files, "edits": edits, "installed": installed}
+    lines = zsplit(run.git(*words, check=False))
+    state["your checkout"] = "\0".join(
+        f"{e[3:]}\t{e[:2]}{file_state(repo.top / e[3:])}" for e in lines
+    )
+    if run.environment and not run.bwrap:
+        found = run.environment.glob("lib/python*/site-packages/*")
+        state["your environment"] = "\0".join(f"{path.name}\t{file_state(path)}" for path in found)
+    return state
 
 
 def file_hash(path: Path) -> str:
-    """Where a link leads, or a file's mode and the hash of its content; "" where there is none."""
+    """Where a link leads, a file's mode and the hash of its content; "" where there is none."""
+    state = f"link {os.readlink(path)} " if path.is_symlink() else ""
     with contextlib.suppress(OSError):
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            return f"link {os.readlink(path)} {file_hash(path.resolve())}"
-        if not stat.S_ISREG(mode):
-            return "" if stat.S_ISDIR(mode) else f"special {mode:o}"  # nobody may open a pipe
-        data = path.read_bytes()
+        mode = path.stat().st_mode
+        data = path.read_bytes() if stat.S_ISREG(mode) else b""  # nobody may open a pipe
         if path.name == "config":  # a switch to a branch that tracks another writes such sections
             data = re.sub(rb'(?m)^\[branch "[^\n]*\n([ \t]+[^\n]*\n)*', b"", data)
-        return f"{mode:o} {hashlib.sha256(data).hexdigest()}" if data else ""
-    return ""
+        if data or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            state += f"{mode:o} {hashlib.sha256(data).hexdigest()}"
+    return state
 
 
 def verify_rules(run: Run) -> str:
     """Compare what a run must leave alone with what it was: what is broken, or nothing."""
-    if run.before and run.repo.common_dir and not run.moved:
+    if run.before and not run.moved:
         try:
             after = take_snapshot(run)
-            run.edits, run.moved = after["edits"], compare_snapshots(run, run.before, after)
+            run.edits, run.moved = after["your checkout"], compare_snapshots(run, run.before, after)
         except (Refusal, OSError) as error:
             what = f"the repository cannot be read any more ({one_line(str(error))})"
             run.moved = [Moved(what, True, "git fsck")]
@@ -2719,52 +2763,40 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
     Under the kernel level it cannot be the agent's. Without it, what a person does beside a run (a
     commit, a switch, a fetch) is not held against it, unless the agent's own Git was seen there.
     """
-    q, moved = shlex.quote, []
-    differing = {
-        kind: [
-            k
-            for k in sorted({**before[kind], **after[kind]})
-            if before[kind].get(k, "") != after[kind].get(k, "")
-        ]
-        for kind in before
-    }
-    for path in differing["files"]:
-        old, new = before["files"].get(path, ""), after["files"].get(path, "")
-        change = "created" if not old else "changed" if new else "deleted"
-        undo = f"rm -f {q(path)}" if not old else f"# put {q(path)} back as you had it"
-        moved.append(Moved(f"{path} was {change}", not run.bwrap, undo))
-    for ref in differing["refs"]:
-        old, new = before["refs"].get(ref, ""), after["refs"].get(ref, "")
-        place, _, name = ref.rpartition("\t")
-        there, where = (f"git -C {q(place)}", f" of {place}") if place else ("git", "")
-        change = (
-            f"moved from {old[:50]} to {new[:50]}"
-            if new and old
-            else "created"
-            if new
-            else "deleted"
+    pairs = {name: (before.get(name, ""), after.get(name, "")) for name in {**before, **after}}
+    names = [name for name, (old, new) in sorted(pairs.items()) if old != new]
+    if any(name.startswith(("HEAD", "refs/")) for name in names):  # which edits files too
+        names = [name for name in names if name != "your checkout"]
+    return [tell_moved(run, name, *pairs[name], after["HEAD"]) for name in names]
+
+
+def tell_moved(run: Run, name: str, old: str, new: str, head: str) -> Moved:
+    q, idle = shlex.quote, bool(run.turns and run.turns[-1].idle)
+    how = "created" if not old else "changed" if new else "deleted"
+    if name.startswith("/"):
+        undo = f"# put {q(name)} back as you had it" if old else f"rm -f {q(name)}"
+        # No mount protects what was not there, nor the folders above.
+        loose = not old or name.endswith((".toml", ".ini", ".cfg", "conftest.py"))
+        return Moved(f"{name} was {how}", loose or not run.bwrap, undo)
+    if name.startswith("your"):
+        differing = sorted(
+            {line.split("\t")[0] for line in {*old.split("\0")} ^ {*new.split("\0")}}
         )
-        was, now = old.split(" ")[0], new.split(" ")[0]
-        undo = (
-            f"{there} update-ref --no-deref {f'{q(name)} {was}' if old else f'-d {q(name)}'} {now}"
-        )
-        if ref == "HEAD":
-            branch = old.removeprefix("ref: refs/heads/")
-            undo = f"git switch {q(branch) if branch != old else f'--detach {old}'}"
-        broken = not run.bwrap and not is_theirs(run, ref, old, new, after["refs"]["HEAD"])
-        moved.append(Moved(f"{name}{where} was {change}", broken, undo))
-    if (edited := differing["edits"]) and not differing["refs"]:
-        names, idle = ", ".join(map(one_line, edited[:5])), bool(run.turns and run.turns[-1].idle)
-        why = (
-            "; the agent changed nothing here, so a daemon of its own may have done its work there"
-        )
-        undo = f"git diff -- {' '.join(map(q, edited[:5]))}"
-        moved.append(Moved(f"your checkout was edited ({names}){why if idle else ''}", idle, undo))
-    if installed := [Path(path).name for path in differing["installed"][:5]]:
-        again = f"cd {q(str(run.start))} && {run.environment}/bin/python -m pip install -e ."
-        what = f"your environment was changed ({', '.join(installed)}; to mend it: {again})"
-        moved.append(Moved(what, False, again))
-    return moved
+        what = f"{name} was changed: {', '.join(map(one_line, filter(None, differing[:6])))}"
+        if name == "your environment":
+            undo = f"{q(f'{run.environment}/bin/python')} -m pip install -e {q(str(run.start))}"
+            return Moved(f"{what} (to mend it: {undo})", False, undo)
+        why = " (the agent changed nothing here; a daemon of its own may have worked there)"
+        return Moved(f"{what}{why * idle}", idle, "git diff HEAD")
+    ref, _, place = name.partition(" of ")
+    how = f"moved from {old} to {new}" if old and new else how
+    target = f"{q(ref)} {old.split(' ')[0]}" if old else f"-d {q(ref)}"
+    undo = f"git -C {q(place or '.')} update-ref --no-deref {target} {new.split(' ')[0]}"
+    if ref == "HEAD":
+        branch = old.removeprefix("ref: refs/heads/")
+        undo = f"git switch {q(branch) if branch != old else f'--detach {old}'}"
+    theirs = run.bwrap or (not place and is_theirs(run, ref, old, new, head))
+    return Moved(f"{name} was {how}", not theirs, undo)
 
 
 def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
@@ -2777,15 +2809,12 @@ def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
         return True
     if ref.startswith("refs/tags/") and not old:  # as a fetch brings it along
         return bool(run.git("for-each-ref", "--count=1", f"--contains={new}", "refs/remotes/"))
-    trace, top = run.tmp / "trace", re.escape(json.dumps(str(run.repo.top))[:-1])
-    seen = rb'"(worktree":|argv":\[.*)' + os.fsencode(top) + rb'["/]'  # by a Git of the agent's
-    if trace.is_file() and re.search(seen, trace.read_bytes()):
+    trace, seen = run.tmp / "trace", os.fsencode(re.escape(quoted(run.repo.top)[:-1]) + '["/]')
+    if trace.is_file() and re.search(seen, trace.read_bytes()):  # by a Git of the agent's
         return False
-    if ref == "HEAD":
-        return True
-    if head != f"ref: {ref}" or not old:
-        return head == f"ref: {ref}"  # git switch -c
-    change = next((turn.change for turn in reversed(run.turns) if turn.change), None)
+    if ref == "HEAD" or head != f"ref: {ref}" or not old:
+        return ref == "HEAD" or head == f"ref: {ref}"  # git switch, or git switch -c
+    change = last_change(run)
     made = {file.blob for file in change.files if file.status != "D"} if change else set()
     told = run.git("diff-tree", "-r", old, new, check=False).split()
     return made.isdisjoint(told) and not run.git("rev-list", "-n1", f"{new}..{old}", check=False)
@@ -2800,30 +2829,26 @@ def known_commits(run: Run) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------- clones
 # A clone holds the files of one commit, written by our own Git, and a Git directory of its own that
-# borrows the user's objects. With the kernel level it is seen at the repository's own path.
+# borrows the user's objects. With the kernel level it is seen at the repository's path.
 
 
 class Clone:
-    """A disposable checkout: where it lies, and where its processes see it."""
+    environment: Path | None = None  # on top of the user's, to install into
 
     def __init__(self, run: Run, kind: str, commit: str) -> None:
-        number = run.clones = run.clones + 1
-        name = kind if kind == "workspace" else f"{kind}-{number}"
+        name = kind if kind == "workspace" else f"{kind}-{os.urandom(4).hex()}"
         self.commit, self.path = commit, run.folder / name / run.repo.top.name
         self.path.mkdir(parents=True)
         self.seen = run.repo.top if run.bwrap else self.path
-        self.index_file = run.folder / f"index-{number}"
+        self.index_file = run.folder / f"{name}.index"
         self.inode = self.path.stat().st_ino
-        # One for each commit: a test that fails the first time only finds its mark, and is flaky.
-        self.tmp = run.tmp / (
-            "w" if kind == "workspace" else str(run.places.setdefault(commit, number))
-        )
+        # one for each commit: a test that fails the first time only finds its mark there
+        self.tmp = run.tmp / ("w" if kind == "workspace" else commit[:4])
         self.tmp.mkdir(exist_ok=True)
-        self.environment: Path | None = None  # on top of the user's, to install into
         self.lent: list[str] = []
 
     def lend(self, run: Run, *, environments: bool) -> None:
-        """Put in place, or take away, what the user's checkout has and no commit holds."""
+        """Put in place, or take away, what is lent."""
         for path in run.lent:
             source, target = run.repo.top / path, self.path / path
             if source.is_dir() and not environments:
@@ -2831,18 +2856,17 @@ class Clone:
                     self.lent.remove(path)
                     target.unlink() if target.is_symlink() else target.rmdir()
             elif not os.path.lexists(target) and not follows_link(target.parent):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_symlink() or (source.is_dir() and not run.bwrap):
-                    os.symlink(os.readlink(source) if source.is_symlink() else source, target)
-                elif source.is_dir():
-                    target.mkdir()
-                else:
-                    target.touch() if run.bwrap else shutil.copy2(source, target)
                 self.lent.append(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_file() or source.is_symlink():
+                    shutil.copy2(source, target, follow_symlinks=False)
+                elif run.bwrap:
+                    target.mkdir()  # to be mounted over
+                else:
+                    target.symlink_to(source)
 
 
 def new_clone(run: Run, kind: str, commit: str) -> Clone:
-    """A disposable clone of a commit, with all that a colleague's would have."""
     clone = Clone(run, kind, commit)
     run.private("read-tree", "--reset", "-u", commit, clone=clone)
     open_repository(run, clone)
@@ -2850,48 +2874,43 @@ def new_clone(run: Run, kind: str, commit: str) -> Clone:
         fill_submodules(run, clone.path, run.repo.top, run.private.dir, commit)
     wanted = kind == "workspace" or run.settings.setup
     if run.environment and wanted and (run.environment / "pyvenv.cfg").exists():
-        clone.environment = run.folder / f"env-{clone.path.parent.name}"
+        clone.environment = clone.index_file.with_suffix(".env")
         layer_environment(run.environment, clone.environment)
     return clone
 
 
 def open_repository(run: Run, clone: Clone) -> None:
     """Give a clone a Git directory of its own: the user's refs as names, no remote, no hook."""
-    repo, own, private, named = run.repo, clone.path / ".git", run.private, run.settings.base
-    for folder in ("objects/info", "refs/heads", "info"):
-        (own / folder).mkdir(parents=True)
-    config = private.own_config.replace("bare = true", "bare = false\nlogAllRefUpdates = true")
-    for role in ("NAME", "EMAIL"):
-        config += f"[user]\n{role} = {quoted(repo.identity.get(f'GIT_AUTHOR_{role}', ''))}\n"
-    for key, value in private.config.items():
-        if re.match(r"core\.(autocrlf|eol)$|filter\.|lfs\.", key):
-            section, _, rest = key.partition(".")
-            inner, _, name = rest.rpartition(".")
-            config += (
-                f"[{section}{f' {quoted(inner)}' if inner else ''}]\n{name} = {quoted(value)}\n"
-            )
-    refs = {k: v for k, v in (run.before or {"refs": {}})["refs"].items() if k.startswith("refs/")}
-    packed = [f"{v} {k}\n" for k, v in refs.items() if " " not in v]
-    packed = [line for line in packed if not re.search(r" refs/(agent-runner/|stash)", line)]
-    branch = f"refs/heads/{named}" if named else repo.head_ref
-    branch = branch if not named or branch in refs else None
-    texts = {ref: f"ref: {value.split(' ')[1]}\n" for ref, value in refs.items() if " " in value}
-    texts |= {branch: f"{clone.commit}\n"} if branch else {}
-    texts |= {
-        "config": config,
-        "HEAD": f"ref: {branch}\n" if branch else f"{clone.commit}\n",
-        "packed-refs": "".join(sorted(packed, key=lambda line: line.split(" ", 1)[1])),
-        "objects/info/alternates": "".join(f"{folder}\n" for folder in borrowed_objects(run)),
-        "info/exclude": "".join(f"/{path}\n" for path in run.lent),
-    }
-    for file, text in texts.items():
-        (own / file).parent.mkdir(parents=True, exist_ok=True)
-        (own / file).write_text(text, "utf-8", "surrogateescape", newline="\n")
-    shutil.copyfile(clone.index_file, own / "index")
-    for name in ("shallow", "info/attributes", "info/exclude"):
-        if (private.dir / name).exists():
-            with open(own / name, "ab") as target:
-                target.write((private.dir / name).read_bytes())
+    named, before = run.settings.base, run.before
+    theirs = [ref for ref in before if re.match(r"refs/(?!agent-runner/|stash)\S+$", ref)]
+    refs = {ref: before[ref].split() for ref in theirs}
+    names = ("config", "shallow", "info/attributes", "info/exclude")
+    texts = {name: read_text(run.private.dir / name) for name in names}
+    texts["config"] = texts["config"].replace('bare = "true"', 'bare = "false"')
+    texts["info/exclude"] += "\n".join(f"/{path}" for path in run.lent)
+    texts["objects/info/alternates"] = "\n".join(map(str, borrowed_objects(run)))
+    texts["packed-refs"] = "\n".join(f"{told[0]} {ref}" for ref, told in refs.items())
+    texts |= {ref: f"ref: {told[1]}" for ref, told in refs.items() if told[1:]}
+    branch = f"refs/heads/{named}" if named else run.repo.head_ref
+    if branch and (branch in refs or not named):
+        texts |= {branch: clone.commit, "HEAD": f"ref: {branch}"}
+    write_git_dir(clone.path / ".git", {"HEAD": clone.commit, **texts})
+    shutil.copyfile(clone.index_file, clone.path / ".git/index")
+
+
+def write_git_dir(folder: Path, texts: dict[str, str]) -> None:
+    for name in ("objects", "refs"):
+        (folder / name).mkdir(parents=True)
+    for name, text in texts.items():
+        if text:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text.rstrip("\n") + "\n", "utf-8", "surrogateescape")
+
+
+def read_text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text("utf-8", "surrogateescape")
+    return ""
 
 
 def quoted(text: Any) -> str:
@@ -2899,92 +2918,71 @@ def quoted(text: Any) -> str:
 
 
 def fill_submodules(run: Run, target: Path, source: Path, git_dir: Path, commit: str) -> None:
-    """Check out the submodules that the user's checkout has, from its own objects."""
-    for entry in zsplit(run.private(f"--git-dir={git_dir}", "ls-tree", "-rz", commit)):
-        (_, kind, oid), path = entry.split("\t")[0].split(), entry.split("\t", 1)[1]
-        if kind != "commit" or not (source / path / ".git").exists() or follows_link(target / path):
-            continue
-        there = run.git("-C", str(source / path), "rev-parse", "--absolute-git-dir").strip()
-        (target / path).mkdir(parents=True, exist_ok=True)
-        index, where = (
-            run.folder / f"index-{oid}",
-            (f"--git-dir={there}", f"--work-tree={target / path}"),
-        )
-        run.private(*where, "read-tree", "--reset", "-u", oid, index=index, check=False)
-        fill_submodules(run, target / path, source / path, Path(there), oid)
+    """Check out the submodules that the user's checkout has, from its objects."""
+    listing = run.private(f"--git-dir={git_dir}", "ls-tree", "-rz", commit)
+    for oid, path in re.findall(r"(?<![^\0])160000 commit (\w+)\t([^\0]+)", listing):
+        if (source / path / ".git").exists() and not follows_link(target / path):
+            there = run.git("-C", str(source / path), "rev-parse", "--absolute-git-dir").strip()
+            where = (f"--git-dir={there}", f"--work-tree={target / path}")
+            (target / path).mkdir(parents=True, exist_ok=True)
+            index = run.folder / f"index-{oid}"
+            run.private(*where, "read-tree", "--reset", "-u", oid, index=index, check=False)
+            fill_submodules(run, target / path, source / path, Path(there), oid)
 
 
 def layer_environment(user: Path, own: Path) -> None:
-    """A virtual environment on top of the user's: what is installed goes here.
-
-    Agents run `pip install -e .` first thing; it must not end in the user's environment.
-    """
+    """An environment on top of the user's: agents run `pip install -e .` first thing."""
     (own / "bin").mkdir(parents=True)
     shutil.copyfile(user / "pyvenv.cfg", own / "pyvenv.cfg")
     for entry in os.scandir(user / "bin"):
         target = own / "bin" / entry.name
-        data = b"" if entry.is_symlink() or not entry.is_file() else Path(entry.path).read_bytes()
-        if data.startswith(b"#!") or entry.name.startswith("activate"):
+        data = Path(entry).read_bytes() if entry.is_file(follow_symlinks=False) else b""
+        if data.startswith(b"#!"):
             target.write_bytes(data.replace(os.fsencode(user), os.fsencode(own)))
             target.chmod(0o755)
         else:
-            os.symlink(os.path.realpath(entry.path) if entry.is_symlink() else entry.path, target)
+            target.symlink_to(os.path.realpath(entry))
     for site in user.glob("lib/python*/site-packages"):
         inside = own / site.relative_to(user)
         inside.mkdir(parents=True)
-        text = f"import site; site.addsitedir({str(site)!r})\n"
-        (inside / "of_the_user.pth").write_text(text, "utf-8")
+        (inside / "of_the_user.pth").write_text(f"import site; site.addsitedir({str(site)!r})\n")
 
 
 def find_lent(run: Run) -> tuple[str, ...]:
-    """What no commit holds and each clone is lent, read-only: environments, node_modules, and the
-    scripts that the commands name."""
-    top, found, places = run.repo.top, set[Path](), [run.repo.top, run.start]
-    for folder in places:  # which grows: two folders deep
-        with contextlib.suppress(OSError):
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if not entry.is_dir() or entry.name == ".git":
-                    continue
-                if entry.name == "node_modules" or os.path.exists(f"{entry.path}/pyvenv.cfg"):
-                    found.add(Path(entry.path))
-                elif len(Path(entry.path).relative_to(top).parts) < 3 and len(places) < 2000:
-                    places.append(Path(entry.path))
-    for words in (run.agent, *run.commands):
-        count = 2 if INTERPRETER.match(os.path.basename(words[0])) else 1
-        for word in words if words is run.agent else words[:count]:
-            path = Path(os.path.normpath(run.start / word))
-            if (
-                path.is_relative_to(top)
-                and os.path.isfile(path)
-                and (word is not words[0] or "/" in word)
-            ):
-                found.add(path)
-    found = {path for path in found if found.isdisjoint(path.parents)}
-    names = sorted(path.relative_to(top).as_posix() for path in found)
-    if not names or not run.repo.common_dir:
+    """What no commit holds and each clone is lent, read-only: environments, and named scripts."""
+    top, words = run.repo.top, [*run.agent]
+    for command in run.commands:  # not what it judges: that must lie in the proposal
+        words += command[: 2 if INTERPRETER.match(os.path.basename(command[0])) else 1]
+    scripts = [Path(os.path.normpath(run.start / word)) for word in words]
+    found = {path for path in scripts if path.is_relative_to(top) and os.path.isfile(path)}
+    for place in (top, run.start):
+        for depth in ("", "*/", "*/*/"):
+            found |= {*place.glob(f"{depth}node_modules")}
+            found |= {path.parent for path in place.glob(f"{depth}*/pyvenv.cfg")}
+    lent = [str(path.relative_to(top)) for path in found if found.isdisjoint(path.parents)]
+    if not lent:
         return ()
-    held = zsplit(run.private("ls-tree", "-z", "--name-only", run.base, "--", *names))
-    return tuple(name for name in names if name not in held)
+    listing = zsplit(run.private("ls-tree", "-z", "--name-only", run.base, "--", *lent))
+    return tuple(sorted({*lent} - {*listing}))
 
 
 INTERPRETER = re.compile(r"((ba|da|z)?sh|python[\d.]*|node|perl|ruby)$")
 
 
 def find_environment(run: Run) -> tuple[Path | None, str]:
-    """The project's environment: an activated one, else a `.venv` that holds the gate's tools."""
+    """An activated environment, else a `.venv` that holds the gate's tools; and what to say."""
     active = os.environ.get("VIRTUAL_ENV", "")
     if active and Path(active).is_dir() and "/environments-v" not in active:  # of `uv run` itself
         return Path(active), ""
-    for folder in dict.fromkeys((run.start, run.repo.top)):
+    words = {*re.findall(r"[\w.-]+", " ".join(run.settings.gate))}
+    for folder in (run.start, run.repo.top):
         for name in (".venv", "venv"):
-            for tool in [inner for words in run.commands for w in words for inner in w.split()]:
-                if tool.isidentifier() and (folder / name / "bin" / tool).exists():
-                    return folder / name, f"{name} (not activated; it holds {tool})"
+            if tools := words & {path.name for path in folder.glob(f"{name}/bin/*")}:
+                return folder / name, f"{name} (not activated; it holds {min(tools)})"
     return None, ""
 
 
 def find_program(run: Run, word: str) -> Path | None:
-    """The program that a command's first word names: on PATH, or by its path."""
     path = [str(run.environment / "bin"), *run.path] if run.environment else run.path
     place = str(run.start / os.path.expanduser(word)) if "/" in word else word
     found = shutil.which(place, path=os.pathsep.join(path))
@@ -2992,82 +2990,71 @@ def find_program(run: Run, word: str) -> Path | None:
 
 
 def follows_link(path: Path) -> bool:
-    """Does this path in a clone lead elsewhere, as an agent's link to the user's files would?"""
+    """Does this path lead elsewhere, as an agent's link to the user's files would?"""
     return os.path.realpath(path) != os.fspath(path)
 
 
 def is_intact(clone: Clone) -> bool:
-    """Is the folder still the one that we made, and not a link to somewhere else?"""
+    """Is the folder still the one that we made?"""
     with contextlib.suppress(OSError):
         return clone.path.lstat().st_ino == clone.inode and not follows_link(clone.path)
     return False
 
 
 def own_folder(path: Path) -> Path | None:
-    """The folder, made if it is missing; None unless it is ours alone to write."""
+    """The folder, made where missing; None unless it is ours to write."""
     with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mine = path.stat().st_uid == os.getuid() and not path.is_symlink()
-        return path.resolve() if mine and os.access(path, os.W_OK) else None
+        for folder in (path.parent, path):  # a home that is not there is not made
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if (
+            path.lstat().st_uid == os.getuid()
+            and not path.is_symlink()
+            and os.access(path, os.W_OK)
+        ):
+            return path.resolve()
     return None
 
 
 def cache_root(top: Path) -> Path:
-    """The folder for runs, outside the repository: in the user's cache or a temporary one."""
-    moved, home = os.environ.get("XDG_CACHE_HOME"), home_folder()
-    places = [Path(moved or home / ".cache") / "agent-runner"] if moved or home.is_dir() else []
-    for place in (*places, Path(tempfile.gettempdir()) / f"agent-runner-{os.getuid()}"):
-        outside = place.is_absolute() and not place.resolve().is_relative_to(top)
-        if outside and (root := own_folder(place)):
+    """The folder for runs: in the user's cache or a temporary one."""
+    temporary = Path(tempfile.gettempdir(), f"agent-runner-{os.getuid()}")
+    for place in (in_home(".cache/agent-runner"), temporary):
+        if not place.resolve().is_relative_to(top) and (root := own_folder(place)):
             return root
-    raise Refusal(
-        "the run needs a folder of its own outside the repository, and neither your cache folder "
-        "nor the temporary one can hold it; set XDG_CACHE_HOME to a folder that you can write."
-    )
+    raise Refusal("no folder outside the repository can be written; set XDG_CACHE_HOME to one.")
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder that an agent may have locked, or nested deeper than Python can recurse."""
-    call(["rm", "-rf", path])
-    if os.path.lexists(path):
+    """Delete what an agent may have locked, or nested deeper than Python can recurse."""
+    if call(["rm", "-rf", path])[0]:
         call(["chmod", "-R", "u+rwX", path])
         call(["rm", "-rf", path])
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> Any:
-    """Hold a folder for as long as the answer is open; None when another living run holds it."""
+    """Hold a folder while the answer is open; None when another living run holds it."""
     import fcntl
 
-    with contextlib.suppress(FileNotFoundError):  # a run that ends takes its own away
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):  # a run that ends removes its own
         handle = open(folder / "lock", "a")  # noqa: SIM115
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return handle
-        except OSError:
-            handle.close()
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
     return None
 
 
 def home_folder() -> Path:
-    """The user's home folder; a place that does not exist for a user who has none."""
-    home = Path(os.path.expanduser("~"))
-    return home if home.is_absolute() else Path("/nonexistent")
+    return Path("/nonexistent", os.path.expanduser("~"))  # which stays "~" where there is none
 
 
 def in_home(name: str) -> Path:
     """A place in the user's home folder, or where the XDG variables have moved it."""
-    for folder, variable in (
-        (".config/", "CONFIG"),
-        (".cache/", "CACHE"),
-        (".local/share/", "DATA"),
-    ):
-        if name.startswith(folder) and (moved := os.environ.get(f"XDG_{variable}_HOME")):
-            return Path(moved) / name.removeprefix(folder)
-    return home_folder() / name
+    match = re.match(r"\.(?:local/share|(config|cache))/(.+)", name)
+    moved = match and os.environ.get(f"XDG_{(match[1] or 'data').upper()}_HOME")
+    return Path(moved, match[2]) if match and moved else home_folder() / name
 
 
 def user_base() -> Path:
-    """Where Python keeps packages that its user has installed for all interpreters."""
+    """Where Python keeps what `pip install --user` installs."""
     return Path(os.environ.get("PYTHONUSERBASE") or home_folder() / ".local")
 
 
@@ -3075,74 +3062,72 @@ def user_base() -> Path:
 
 
 class Run:
-    """One run: its settings, what it stands on, what happens."""
-
+    given: dict[str, Any]  # the options, as they were given
     folder: Path  # the run's own, in the user's cache
     tmp: Path  # short, since the path of a socket in a test may have 108 characters at most
     private: Git
     git_guard: dict[str, str]
+    agent: list[str]
+    commands: list[list[str]]  # of the gate
+    issue: Issue | None = None
+    instructions: tuple[str, str] | None = None  # path and text
+    bwrap = no_kernel = ""  # its path, or why not
+    environment: Path | None = None
+    lent: tuple[str, ...] = ()
+    makes_own = False  # the setup makes an environment of its own in each clone
+    addresses: Sequence[str] = ()  # of the repository's remotes
+    remotes: Sequence[Path] = ()  # those that are folders here
+    config_files: Collection[Path] = ()
+    workspace: Clone | None = None
+    workspace_tree = folder_tree = ""  # before the agent; outside Git, of the user's
+    ignored: tuple[str, ...] = ()
+    baseline: Verdict | None = None
+    rewritten = ""  # by the gate, in its own checkout
+    planted: Sequence[str] = ()
+    edits = ""  # in the user's checkout
+    moved: Sequence[Moved] = ()
+    kept: str | None = None
+    record: Path | None = None
+    lock: Any = None
+    keep_folder = False
 
     def __init__(self, settings: Settings, repo: Repo, console: Console, signals: Signals) -> None:
         self.settings, self.repo, self.console, self.signals = settings, repo, console, signals
-        self.given: dict[str, Any] = {}  # the options, as they were given
         self.is_repair = settings.command == "self-heal"
         self.start = repo.top / repo.prefix
         self.git = Git("-C", str(repo.top))
         self.base, self.slug, self.title = repo.head, "self-heal", "the gate was red at the base"
-        self.issue: Issue | None = None
-        self.instructions: tuple[str, str] | None = None  # path and text
-        self.agent: list[str] = []
-        self.commands: list[list[str]] = []  # of the gate
-        self.bwrap, self.no_kernel = "", ""  # its path, or why not
         self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]
         self.path.append(os.path.dirname(sys.executable))
-        self.environment: Path | None = None
-        self.lent: tuple[str, ...] = ()
-        self.makes_own = False  # the setup makes an environment of its own in each clone
-        self.addresses: list[str] = []  # of the repository's remotes
-        self.remotes: list[Path] = []  # those that are folders of this machine
         self.work_trees: dict[Path, str] = {}
-        self.config_files: list[Path] = []
         self.machine: dict[str, list[str]] = {}  # the sandbox's arguments that are always the same
         self.stop = threading.Event()
         self.slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 2))
-        self.clones, self.places = 0, dict[str, int]()
         self.removing: list[threading.Thread] = []
-        self.workspace: Clone | None = None
-        self.workspace_tree, self.folder_tree = (
-            "",
-            "",
-        )  # before the agent; outside Git, of the user's
-        self.ignored: tuple[str, ...] = ()
         self.turns: list[Turn] = []
-        self.baseline: Verdict | None = None
+        self.before: Snapshot = {}
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
-        self.rewritten, self.planted = "", list[str]()  # by the gate, in its own checkout
-        self.before: Snapshot | None = None
-        self.edits: dict[str, str] = {}
-        self.moved: list[Moved] = []
+        self.decided: set[str] = set()  # tests that settings alone turn
         self.mentions: list[str] = []
-        self.kept: str | None = None
-        self.record: Path | None = None
-        self.lock: Any = None
-        self.keep_folder = False
 
     def open(self) -> None:
-        """Make the run's folders and its private Git directory."""
         root = cache_root(self.repo.top)
         with lock_folder(root, wait=True):  # so that nobody finds the folder before it is ours
             self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
             self.lock = lock_folder(self.folder)
-        short = own_folder(Path(tempfile.gettempdir()) / f"ar-{os.getuid()}") or self.folder
+        short = own_folder(Path(tempfile.gettempdir(), f"ar-{os.getuid()}")) or self.folder
         self.tmp = short / f"t{self.folder.name}"
         self.tmp.mkdir()
-        told = {"top": str(self.repo.top), "title": self.title, "tmp": str(self.tmp)}
-        (self.folder / "run.json").write_text(json.dumps(told), "utf-8")
+        told = [str(self.repo.top), self.title, str(self.tmp)]
+        (self.folder / "run.json").write_text(json.dumps(told))
         self.private = private_git(self)
         if self.repo.common_dir:  # as the user's configuration was before the agent
             self.git = Git("-C", str(self.repo.top), config=self.private.config, **FROZEN)
-        become_subreaper()
+        if LINUX:  # orphans are handed to us, so that a double fork does not escape the end
+            import ctypes
+
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
     @property
     def records(self) -> Path:
@@ -3155,59 +3140,55 @@ class Run:
 
     @property
     def levels(self) -> list[str]:
-        """The levels of the guard that are in force."""
-        git, kernel = ["refused by Git"], ["refused by the kernel"]
-        return ["withheld", *(git if self.repo.common_dir else []), *(kernel if self.bwrap else [])]
+        git = ["refused by Git"] if self.repo.common_dir else []
+        return ["withheld", *git, *(["refused by the kernel"] if self.bwrap else [])]
 
     @property
     def gate_files(self) -> set[str]:
         """The scripts that gate commands run, and files that their options name; no targets."""
-        named = set()
-        for words in self.commands:
-            inner = [word for part in words for word in part.split()]
-            for before, word in zip(["sh", *inner], inner, strict=False):
-                option = before.startswith("-") or word.startswith("-") or INTERPRETER.match(before)
-                named |= {word.rpartition("=")[2]} if option else set()
-        paths = {os.path.normpath(os.path.join(self.repo.prefix, word)) for word in named}
+        paths, before = set[str](), ""
+        for word in " ".join(word for words in self.commands for word in ("sh", *words)).split():
+            if "-" in (before[:1], word[0]) or INTERPRETER.match(before):
+                named = os.path.join(self.repo.prefix, word.rpartition("=")[2])
+                paths.add(os.path.normpath(named))
+            before = word
         return {path for path in paths if os.path.isfile(self.repo.top / path)}
 
     @property
     def tested_files(self) -> set[str]:
-        """The files that pytest took tests from at the base, those with examples left out."""
+        """What pytest took tests from at the base, but for examples."""
         return {file_of(name) for name in all_functions(self.baseline)} - self.example_files
 
     @property
     def example_files(self) -> set[str]:
-        """Code whose docstrings hold examples that pytest ran: pkg/calc.py::pkg.calc.double."""
-        names = [name.partition("::") for name in all_functions(self.baseline)]
-        stems = {file: file.removesuffix(".py").rsplit("/", 1)[-1] for file, _, _ in names}
-        return {f for f, _, n in names if f.endswith(".py") and f"{stems[f]}." in n}
+        """Code with examples that pytest ran: pkg/calc.py::pkg.calc.double."""
+        names = [n.split("::", 1) for n in all_functions(self.baseline) if ".py::" in n]
+        return {file for file, inner in names if f"{Path(file).stem}." in inner}
 
     def open_record(self) -> None:
-        """Make the folder that outlives the run, named by time and slug."""
-        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.slug}"
-        for number in range(1, 1000):
-            record = self.records / (stem if number == 1 else f"{stem}-{number}")
-            with contextlib.suppress(FileExistsError):
+        """Make the folder that outlives the run."""
+        record = self.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.slug}"
+        while not self.record:
+            try:
                 record.mkdir(parents=True)
                 self.record = record
-                return
+            except FileExistsError:  # of a run that began in the same second
+                record = record.with_name(f"{record.name}-2")
 
     def note(self, name: str, text: str) -> None:
-        """Write a file into the record, secrets masked."""
-        if self.record:
-            try:
-                text = self.console.mask(text)
-                (self.record / name).write_text(text, "utf-8", "surrogateescape", newline="")
-            except OSError as error:
-                self.mentions.append(f"the record lacks {name}: {error.strerror}.")
+        try:
+            text = self.console.mask(text)
+            if self.record:
+                (self.record / name).write_text(text, "utf-8", "surrogateescape")
+        except OSError as error:
+            self.mentions.append(f"the record lacks {name}: {error.strerror}.")
 
     def close(self) -> None:
         """End what a signal may have left running, and remove the run's folders."""
         if self.lock:
-            end_orphans()
             for thread in self.removing:
                 thread.join()
+            signal_all(is_orphan)
             remove_folder(self.tmp)
             with contextlib.suppress(OSError):
                 self.tmp.parent.rmdir()
@@ -3217,17 +3198,18 @@ class Run:
 
 
 def killed_runs(run: Run) -> Iterator[str]:
-    """What runs of this repository that were killed have left: where, how to look and remove."""
+    """What killed runs of this repository have left, and how to look at it and remove it."""
     for note in sorted(cache_root(run.repo.top).glob("*/run.json")):
         if lock := lock_folder(note.parent):
-            with lock, contextlib.suppress(OSError, ValueError, KeyError):
-                told = json.loads(note.read_text("utf-8"))
-                place = note.parent / "workspace" / run.repo.top.name
-                look = f" To look at it: git -C {shlex.quote(str(place))} status; to remove it: "
-                look = look if (place / ".git/index").exists() else " To remove what it left: "
-                if told["top"] == str(run.repo.top):
-                    remove = shlex.join(["rm", "-rf", str(note.parent), told["tmp"]])
-                    yield f"a run was killed ({one_line(told['title'], 60)}).{look}{remove}"
+            with lock, contextlib.suppress(OSError, ValueError):
+                top, title, tmp = json.loads(note.read_text())
+                place, how = note.parent / "workspace" / run.repo.top.name, "To remove what it left"
+                if (place / ".git/index").exists():
+                    look = shlex.join(["git", "-C", str(place), "status"])
+                    how = f"To look at it: {look}; to remove it"
+                if top == str(run.repo.top):
+                    remove = shlex.join(["rm", "-rf", str(note.parent), tmp])
+                    yield f"a run was killed ({one_line(title, 60)}). {how}: {remove}"
 
 
 # -------------------------------------------------------------------------------------------- git
@@ -3236,18 +3218,18 @@ def killed_runs(run: Run) -> Iterator[str]:
 
 
 class Repo(NamedTuple):
-    """The user's repository as the run found it. Nothing in it is changed before a proposal."""
+    """The user's repository as the run found it."""
 
     top: Path
-    prefix: str = ""  # the folder the user stood in, relative to top
+    prefix: str = ""  # the folder the user stood in
     git_dir: Path | None = None  # None outside Git
     common_dir: Path | None = None
     head_ref: str | None = None  # None when HEAD is detached
     head: str = ""
     object_format: str = "sha1"
     hooks: Path | None = None
-    identity: dict[str, str] = {}  # noqa: RUF012  (GIT_AUTHOR_NAME and so on)
-    config: dict[str, str] = {}  # noqa: RUF012  (key -> value, all scopes, the last one counts)
+    identity: dict[str, str] = {}  # noqa: RUF012
+    config: dict[str, str] = {}  # noqa: RUF012
 
 
 class GitError(Refusal):
@@ -3255,88 +3237,82 @@ class GitError(Refusal):
 
 
 SAFE_CONFIG = {
-    **dict.fromkeys(("core.hooksPath",), os.devnull),
-    **dict.fromkeys(("core.fsmonitor", "core.untrackedCache", "core.safecrlf"), "false"),
-    **dict.fromkeys(("core.quotePath", "core.warnAmbiguousRefs", "maintenance.auto"), "false"),
-    **dict.fromkeys(("submodule.recurse", "advice.detachedHead", "transfer.fsckObjects"), "false"),
-    **{
-        "core.trustctime": "true",
-        "core.checkStat": "default",
-        "gc.auto": "0",
-        "safe.directory": "*",
-    },
+    **dict.fromkeys(("core.fsmonitor", "core.quotePath", "submodule.recurse"), "false"),
+    **{"core.hooksPath": os.devnull, "transfer.fsckObjects": "false", "safe.directory": "*"},
     **{"protocol.file.allow": "always", "checkout.workers": "0"},
 }
-NOT_OURS = re.compile(  # of the user's configuration: what does not say how files are read
-    r"(remote|branch|url|alias|credential|submodule|include|includeif|extensions|http|gc|fetch)\."
-    r"|core\.(bare|worktree|repositoryformatversion|hookspath|fsmonitor|sparse|alternaterefs)"
+CONVERSIONS = r"core\.(autocrlf|eol)$|filter\.|lfs\."
+OURS = (  # of the user's configuration: what says how files are read and commits are signed
+    rf"{CONVERSIONS}|(user|gpg|commit)\.|core\.(excludesfile|attributesfile|filemode|symlinks"
+    "|ignorecase|precomposeunicode|protect)"
 )
 FROZEN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-IDENTITY = tuple(
-    f"GIT_{role}_{part}" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")
-)
+IDENTITY = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
+GIT_ENV = {
+    **{"GIT_NO_REPLACE_OBJECTS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
+    **{"GIT_ASKPASS": "", "SSH_ASKPASS_REQUIRE": "never", "GPG_TTY": "", "LC_ALL": "C"},
+    **{"GIT_TERMINAL_PROMPT": "0", "GIT_GRAFT_FILE": "/dev/null/none"},
+}
 
 
 def config_env(config: dict[str, str]) -> dict[str, str]:
-    """Git configuration as environment variables (git-config(1), GIT_CONFIG_COUNT)."""
+    """Configuration as environment variables (git-config(1), GIT_CONFIG_COUNT)."""
     env = {"GIT_CONFIG_COUNT": str(len(config))}
     for number, (key, value) in enumerate(config.items()):
-        env[f"GIT_CONFIG_KEY_{number}"], env[f"GIT_CONFIG_VALUE_{number}"] = key, value
+        env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     return env
+
+
+def config_text(config: dict[str, str]) -> str:
+    text = ""
+    for key, value in config.items():
+        section, _, rest = key.partition(".")
+        inner, _, name = rest.rpartition(".")
+        section += f" {quoted(inner)}" if inner else ""
+        text += f"[{section}]\n{name} = {quoted(value)}\n"
+    return text
 
 
 class Git:
     """A door to Git: no inherited `GIT_*`, no prompt, no lock, no hook."""
 
     dir: Path
-    own_config: str
+    objects: list[Path]
     unsigned = ""  # why a commit is not
 
     def __init__(self, *where: str, config: dict[str, str] | None = None, **more: str) -> None:
-        kept = (*IDENTITY, "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
-        env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in kept}
-        env |= dict.fromkeys(("GIT_NO_REPLACE_OBJECTS", "GIT_NO_LAZY_FETCH"), "1")
-        env |= dict.fromkeys(("GIT_TERMINAL_PROMPT", "GIT_OPTIONAL_LOCKS"), "0")
-        env |= dict.fromkeys(("GIT_ASKPASS", "SSH_ASKPASS", "LANGUAGE"), "")
-        env |= {"LC_ALL": "C", "GIT_EDITOR": ":", "GIT_GRAFT_FILE": f"{os.devnull}/none"}
+        foreign = r"GIT_(?!CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)$)"
+        env = {k: v for k, v in os.environ.items() if not re.match(foreign, k)}
         self.where, self.config, self.trees = where, config or {}, dict[str, str]()
-        self.env = env | config_env(self.config | SAFE_CONFIG) | more
+        self.env = env | GIT_ENV | config_env(self.config | SAFE_CONFIG) | more
 
     def __call__(
-        self,
-        *args: str,
-        clone: Clone | None = None,
-        stdin: bytes = b"",
-        index: Path | None = None,
-        check: bool = True,
+        self, *args: str, clone: Any = None, index: Any = None, check: bool = True, **how: Any
     ) -> str:
         where, env = [*self.where], self.env
         if clone:
-            where += [f"--work-tree={clone.path}", "-C", str(clone.path), "--literal-pathspecs"]
-            where = where[:-1] if args[0] == "ls-files" else where
-        if clone or index:
-            env = env | {"GIT_INDEX_FILE": str(clone.index_file if clone else index)}
-        status, out, err = call(["git", *where, *args], env=env, stdin=stdin)
+            index = clone.index_file
+            where += [f"--work-tree={clone.path}", "-C", str(clone.path)]
+            where += ["--literal-pathspecs"] if args[0] != "ls-files" else []
+        if index:
+            env = env | {"GIT_INDEX_FILE": str(index)}
+        status, out, err = call(["git", *where, *args], env=env, **how)
         if check and status != 0:
-            lines = plain(err.decode("utf-8", "replace")).strip().splitlines()
-            said = "; ".join(line for line in lines if not line.startswith("hint:"))
-            raise GitError(f"git {args[0]} failed: {said or f'status {status}'}")
+            said = re.sub("(?m)^hint:.*", "", err.decode("utf-8", "replace"))
+            raise GitError(f"git {args[0]} failed: {one_line(said, 500) or status}")
         return os.fsdecode(out)
 
     def commit(self, tree: str, parent: str | None, message: str, *, sign: bool = False) -> str:
-        """Make a commit object; signed where that is configured and works without asking."""
-        words = ("commit-tree", tree, *(["-p", parent] if parent else []), "-F", "-")
-        if sign and self.config.get("commit.gpgsign", "").lower() in ("true", "1", "yes", "on"):
-            env = self.env | {"GPG_TTY": "", "SSH_ASKPASS_REQUIRE": "never"}
-            signed = ["git", *self.where, words[0], "-S", *words[1:]]
-            status, out, err = call(signed, env=env, stdin=message.encode(), limit=10)
-            if status == 0:
-                return out.decode().strip()
-            self.unsigned = one_line(err.decode("utf-8", "replace")) or "signing failed"
+        """Make a commit; signed where that is configured and works without asking."""
+        words = ("commit-tree", tree, *(("-p", parent) if parent else ()))
+        if sign and re.match("(true|1|yes|on)$", self.config.get("commit.gpgsign", ""), re.I):
+            try:
+                return self(*words, "-S", stdin=message.encode(), limit=10).strip()
+            except GitError as error:
+                self.unsigned = str(error)
         return self(*words, stdin=message.encode()).strip()
 
     def cannot_sign(self, commit: str) -> str:
-        """Why a commit that is to be signed cannot be, or nothing."""
         if self.config.get("commit.gpgsign"):
             self.commit(f"{commit}^{{tree}}", commit, "Try to sign\n", sign=True)
         return self.unsigned
@@ -3346,8 +3322,23 @@ class Git:
             self.trees[commit] = self("rev-parse", f"{commit}^{{tree}}").strip()
         return self.trees[commit]
 
+    def blobs(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of blobs, all asked for at once; those that are not there are left out."""
+        asked = list(dict.fromkeys(names))
+        told = os.fsencode(
+            self("cat-file", "--batch", stdin="".join(f"{n}\n" for n in asked).encode())
+        )
+        found, at = {}, 0
+        for name in asked:
+            start = told.index(b"\n", at) + 1
+            size = told[at:start].split()[-1]
+            at = start + int(size) + 1 if size.isdigit() else start
+            if size.isdigit():
+                found[name] = told[start : at - 1]
+        return found
+
     def file(self, name: str) -> bytes | None:
-        """The bytes of a blob, by its name or as COMMIT:PATH; None where there is none."""
+        """The bytes of a blob, also as COMMIT:PATH; None where there is none."""
         status, out, _ = call(["git", *self.where, "cat-file", "blob", name], env=self.env)
         return out if status == 0 else None
 
@@ -3355,41 +3346,33 @@ class Git:
 def private_git(run: Run) -> Git:
     """The run's own Git directory: objects borrowed, and of the user's configuration what says how
     files are read and written, whatever its scope."""
-    repo, folder = run.repo, run.folder / "git"
-    for part in ("objects/info", "refs/heads", "info"):
-        (folder / part).mkdir(parents=True)
-    is_sha256 = repo.object_format == "sha256"
-    own_config = f"[core]\nrepositoryFormatVersion = {int(is_sha256)}\nbare = true\n"
-    own_config += "[extensions]\nobjectFormat = sha256\n" if is_sha256 else ""
-    (folder / "HEAD").write_text("ref: refs/heads/none\n")
-    (folder / "config").write_text(own_config)
-    if repo.common_dir:
-        text = "".join(f"{path}\n" for path in object_folders(run)[1:])
-        (folder / "objects/info/alternates").write_text(text, "utf-8", "surrogateescape")
-        for name in ("shallow", "info/exclude", "info/attributes"):
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).write_bytes((repo.common_dir / name).read_bytes())
-    with open(folder / "info/exclude", "ab") as excludes:  # what running or installing leaves
-        excludes.write(b"\n__pycache__/\n*.egg-info/\n.pytest_cache/\n.ruff_cache/\n")
-        excludes.write(b"" if repo.common_dir else b".venv/\nvenv/\nnode_modules/\n")
-    config = {k: v for k, v in repo.config.items() if not NOT_OURS.match(k)} | lfs_config(repo)
-    for key, default in (("core.excludesfile", "ignore"), ("core.attributesfile", "attributes")):
-        named = os.path.expanduser(config.get(key, "") or in_home(f".config/git/{default}"))
-        config.pop(key, None)
-        (folder / default).touch()
-        with contextlib.suppress(OSError):
-            (folder / default).write_bytes((repo.top / named).read_bytes())
-        config[key] = str(folder / default)
+    repo, common, folder = run.repo, run.repo.common_dir, run.folder / "git"
+    config = {k: v for k, v in repo.config.items() if re.match(OURS, k)}
+
+    def named(key: str, default: str) -> str:
+        place = config.get(key) or in_home(f".config/git/{default}")
+        return read_text(repo.top / os.path.expanduser(place))
+
+    own = {"core.bare": "true", "core.repositoryformatversion": "0"}
+    if repo.object_format == "sha256":
+        own |= {"core.repositoryformatversion": "1", "extensions.objectformat": "sha256"}
+    own |= {f"user.{part}": repo.identity[f"GIT_AUTHOR_{part}"] for part in ("NAME", "EMAIL")}
+    own |= {k: v for k, v in config.items() if re.match(CONVERSIONS, k)}
+    names = ("shallow", "info/attributes", "info/exclude")
+    texts = {name: read_text((common or folder) / name) for name in names}
+    texts |= {"HEAD": "ref: refs/heads/none", "config": config_text(own)}
+    texts["objects/info/alternates"] = str(common / "objects") if common else ""
+    texts["attributes"] = named("core.attributesfile", "attributes")
+    ignored = [named("core.excludesfile", "ignore"), texts["info/exclude"]]
+    ignored += ["__pycache__/", "*.egg-info/", ".pytest_cache/", ".ruff_cache/"]
+    ignored += [] if common else [".venv/", "venv/", "node_modules/"]
+    texts["info/exclude"] = "\n".join(ignored)
+    write_git_dir(folder, texts)
+    config |= {"core.excludesfile": os.devnull, "core.attributesfile": str(folder / "attributes")}
     made = Git(f"--git-dir={folder}", config=config, **FROZEN, **repo.identity)
-    made.dir, made.own_config = folder, own_config
+    borrowed = re.findall("^alternate: (.*)", made("count-objects", "-v"), re.M)
+    made.dir, made.objects = folder, [folder / "objects", *map(Path, borrowed)]
     return made
-
-
-def lfs_config(repo: Repo) -> dict[str, str]:
-    """Git LFS finds and puts content where the user's own does."""
-    if repo.common_dir and "filter.lfs.clean" in repo.config:
-        return {"lfs.storage": str(repo.common_dir / "lfs"), "lfs.skipdownloaderrors": "true"}
-    return {}
 
 
 def zsplit(text: str) -> list[str]:
@@ -3397,97 +3380,72 @@ def zsplit(text: str) -> list[str]:
 
 
 def find_repo(start: Path) -> Repo:
-    """The repository that `start` lies in; one without Git directories when there is none."""
-    start, wanted = start.resolve(), ["--is-bare-repository", "--is-inside-work-tree"]
-    wanted += ["--path-format=absolute", "--show-object-format", "--absolute-git-dir"]
+    """The repository around `start`; without Git directories when there is none."""
+    start = start.resolve()
     ask = Git("-C", str(start))
-    words = ["git", *ask.where, "rev-parse", *wanted, "--git-common-dir", "--show-toplevel"]
-    status, out, err = call(words, env=ask.env)
-    said, lines = plain(err.decode("utf-8", "replace")).strip(), os.fsdecode(out).splitlines()
-    if lines[:1] == ["true"] or lines[1:2] == ["false"]:
-        raise Refusal("this is a bare repository or a Git directory; start in a work tree of it.")
-    if status != 0:
+    wanted = ("--absolute-git-dir", "--git-common-dir", "--show-object-format", "--show-prefix")
+    try:
+        told = ask("rev-parse", "--path-format=absolute", "--show-toplevel", *wanted).split("\n")
+    except GitError as error:
+        if "must be run in a work tree" in str(error):
+            text = "this is a bare repository or a Git directory; start in a work tree of it."
+            raise Refusal(text) from None
         near = [parent / ".git" for parent in (start, *start.parents)]  # an empty one is nothing
-        if "not a git repository" in said and not any(
-            p.is_file() or any(p.glob("*")) for p in near
-        ):
-            return Repo(start)
-        raise Refusal(
-            f"Git cannot read this repository ({one_line(said)}); see that git status works."
-        )
-    if len(lines) < 6:
-        raise Refusal("this Git is too old; Git 2.34 or later is needed.")
-    top, git_dir = Path(lines[5]), Path(lines[3])
-    prefix = "" if start == top else start.relative_to(top).as_posix()
+        if any(p.is_file() or any(p.glob("*")) for p in near) or "not a git" not in str(error):
+            text = f"Git cannot read this repository ({error}); see that git status works."
+            raise Refusal(text) from None
+        return Repo(start)
+    top, git_dir, common = map(Path, told[:3])
     head = ask("rev-parse", "--verify", "-q", "HEAD^{commit}", check=False).strip()
-    text = (git_dir / "HEAD").read_text("utf-8", "surrogateescape").strip()
-    ref = text[5:] if text.startswith("ref: ") else None
-    return Repo(top, prefix, git_dir, Path(lines[4]), ref, head, lines[2])
+    ref = read_text(git_dir / "HEAD").strip().partition("ref: ")[2]
+    return Repo(top, told[4].rstrip("/"), git_dir, common, ref or None, head, told[3])
 
 
 def read_config(run: Run) -> None:
-    """Read the user's whole Git configuration at once: what it says, and the files that say it."""
-    repo, ask = run.repo, Git("-C", str(run.repo.top), GIT_CONFIG_COUNT="0")
+    """What the user's Git configuration says, and the files that say it."""
+    repo, common = run.repo, run.repo.common_dir or run.repo.top
+    ask = Git("-C", str(repo.top), GIT_CONFIG_COUNT="0")
     told = ask("config", "--list", "--show-origin", "-z").split("\0")
-    pairs = [
-        (key, value if found else "true")
-        for key, found, value in (t.partition("\n") for t in told[1::2])
-    ]
-    config = dict(pairs)
-    run.config_files = sorted(
-        {repo.top / origin[5:] for origin in told[::2] if origin[:5] == "file:"}
-    )
-    hooks = config.get("core.hookspath") or str((repo.common_dir or repo.top) / "hooks")
-    urls = [value for key, value in pairs if re.match(r"remote\..*\.(push)?url$", key)]
-    places = [repo.top / address.removeprefix("file://") for address in urls]
-    run.remotes = [
-        path.resolve() for path in dict.fromkeys(places) if path.is_dir() and path != repo.top
-    ]
-    run.addresses = sorted(set(urls))
-    run.repo = repo._replace(config=config, hooks=repo.top / os.path.expanduser(hooks))
-    run.git = Git("-C", str(repo.top), config=lfs_config(run.repo))
-    if repo.git_dir != repo.common_dir or (repo.git_dir and (repo.git_dir / "worktrees").is_dir()):
-        pattern = r"^worktree (.+)\n(?:bare\n|HEAD .*\n(?:branch (.*)\n)?)"
-        listed = re.findall(pattern, run.git("worktree", "list", "--porcelain"), re.M)
-        run.work_trees = {Path(path): ref for path, ref in listed if Path(path) != repo.top}
+    pairs = [entry.partition("\n") for entry in told[1::2]]
+    config = {key: value if found else "true" for key, found, value in pairs}
+    urls = {value for key, _, value in pairs if re.match(r"remote\..*\.(push)?url$", key)}
+    urls |= {line.split("\t")[1].split(" (")[0] for line in ask("remote", "-v").splitlines()}
+    run.config_files = {repo.top / origin[5:] for origin in told[::2] if origin[:5] == "file:"}
+    places = [repo.top / url.removeprefix("file://") for url in urls]
+    run.addresses = sorted(urls)
+    run.remotes = sorted({place.resolve() for place in places if place.is_dir()} - {repo.top})
+    if "filter.lfs.clean" in config:  # Git LFS puts content where the user's own does
+        config |= {"lfs.storage": str(common / "lfs"), "lfs.skipdownloaderrors": "true"}
+    hooks = os.path.expanduser(config.get("core.hookspath") or common / "hooks")
+    run.repo = repo._replace(config=config, hooks=repo.top / hooks)
+    if (common / "worktrees").is_dir():
+        listed = run.git("worktree", "list", "--porcelain")
+        found = re.findall(r"^worktree (.+)(?:\nHEAD .*\nbranch (.*))?", listed, re.M)
+        run.work_trees = {Path(path): ref for path, ref in found if Path(path) != repo.top}
 
 
 def find_identity(config: dict[str, str]) -> dict[str, str]:
-    """The user's identity, as a commit would take it; a guessed one does not count."""
+    """The user's identity; a guessed one does not count."""
     found = {}
     for name in IDENTITY:
-        role, part = name.lower().split("_")[1:]
+        _, role, part = name.lower().split("_")
         told = (os.environ.get(name), config.get(f"{role}.{part}"), config.get(f"user.{part}"))
         found[name] = next(filter(None, told), "").strip()
-        if not found[name]:
-            raise Refusal(
-                "Git does not know who you are; run: git config user.name 'Your Name' "
-                "&& git config user.email you@example.com"
-            )
+    if not all(found.values()):
+        mend = "git config user.name 'Your Name' && git config user.email you@example.com"
+        raise Refusal(f"Git does not know who you are; run: {mend}")
     return found
 
 
 def object_folders(run: Run) -> list[Path]:
-    """The object folders that a clone borrows from: the run's own, the user's, and theirs."""
-    todo, found = [run.folder / "git/objects"], list[Path]()
-    todo += [run.repo.common_dir / "objects"] if run.repo.common_dir else []
-    while todo:
-        folder = todo.pop(0)
-        if folder not in found and folder.is_dir():
-            found.append(folder)
-            with contextlib.suppress(OSError):
-                text = (folder / "info/alternates").read_text("utf-8", "surrogateescape")
-                lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-                todo += [Path(os.path.normpath(folder / line)) for line in lines if len(found) > 1]
-    return found
+    """What a clone borrows from: the run's own objects, the user's, and their alternates."""
+    return run.private.objects
 
 
 def borrowed_objects(run: Run) -> list[Path]:
     """The same folders as the processes in a clone see them."""
-    folders = object_folders(run)
-    if run.bwrap:
-        folders[1:] = [run.folder / f"objects-{number}" for number in range(1, len(folders))]
-    return folders
+    own, *others = run.private.objects
+    return [own, *(run.folder / f"objects-{n}" if run.bwrap else p for n, p in enumerate(others))]
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -3495,33 +3453,21 @@ def borrowed_objects(run: Run) -> list[Path]:
 # all that it started are ended at its limit, on any error, and when its first process ends: its
 # group, what bears its mark in the environment, and at the end every orphan handed to us.
 
-_spawning = threading.Lock()
-_ours: set[int] = set()  # processes that somebody here waits for
-
-
-def spawn(argv: Sequence[str | Path], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, so that a Ctrl-C reaches only us."""
-    with _spawning:
-        words = [os.fspath(word) for word in argv]
-        process = subprocess.Popen(words, start_new_session=True, **options)
-        _ours.add(process.pid)
-    return process
-
 
 def call(
-    argv: Sequence[str | Path],
+    argv: Sequence[Any],
     *,
     env: dict[str, str] | None = None,
     stdin: bytes = b"",
     limit: float = 600,
 ) -> tuple[int, bytes, bytes]:
     """Run a command of our own: its exit status, output and errors."""
-    pipe = subprocess.PIPE
-    try:
-        process = spawn(argv, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
+    how: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    try:  # in a session of its own, so that a Ctrl-C reaches only us
+        process = subprocess.Popen(argv, env=env, start_new_session=True, **how)
     except FileNotFoundError:
-        it = "Git 2.34 or later" if argv[0] == "git" else "it, or mend PATH"
-        raise Refusal(f"{argv[0]} was not found; install {it}.") from None
+        text = "was not found; install it (Git: 2.34 or later), or mend PATH."
+        raise Refusal(f"{argv[0]} {text}") from None
     try:
         out, err = process.communicate(stdin, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -3530,7 +3476,6 @@ def call(
         if process.poll() is None:  # with what it started: a signing program that asks, say
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        _ours.discard(process.pid)
     return process.returncode, out, err
 
 
@@ -3540,22 +3485,22 @@ def beside(stop: threading.Event, work: Callable[[], Any]) -> Iterator[Callable[
 
     `stop` ends the processes of both when the body is left by an exception.
     """
-    result, errors = list[Any](), list[Exception]()
+    result: Any = None
     done = threading.Event()  # not `join`: up to Python 3.12 one that a signal interrupts is left
 
     def body() -> None:
+        nonlocal result
         try:
-            result.append(work())
+            result = work()
         except Exception as error:  # noqa: BLE001  (raised again for the one who waits)
-            errors.append(error)
-        finally:
-            done.set()
+            result = error
+        done.set()
 
     def wait() -> Any:
         done.wait()
-        if errors:
-            raise errors[0]
-        return result[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     threading.Thread(target=body).start()
     try:
@@ -3576,117 +3521,91 @@ def side_by_side(run: Run, **questions: Callable[[], Any]) -> dict[str, Any]:
         return side_by_side(run, **questions) | {name: answer()}
 
 
-def become_subreaper() -> None:
-    """Have orphaned descendants handed to us, so that a double fork does not escape the end."""
-    if LINUX:
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, prctl(2)
+def is_orphan(process: Path) -> bool:
+    """Was this process handed to us? At the end of a run we have no other."""
+    state, parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+    return int(parent) == os.getpid() and state != b"Z"
 
 
-def signal_marked(mark: str, signum: int) -> bool:
-    """Send a signal to every process that started with this in its environment: any there?"""
-    found = False
-    for entry in os.scandir("/proc") if LINUX else ():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and mark.encode() in Path(
-                entry.path, "environ"
-            ).read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signum)
-                found = True
-    return found
+def signal_all(is_meant: Callable[[Path], bool], number: int = signal.SIGKILL) -> None:
+    """Signal the processes that are meant, by folder in /proc; kill what they start meanwhile."""
+    found, end = LINUX, time.monotonic() + GRACE
+    while found and time.monotonic() < end:
+        found = False
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                if is_meant(process):
+                    os.kill(int(process.name), number)
+                    found = number == signal.SIGKILL
 
 
-def end_orphans() -> None:
-    """Kill the processes that were handed to us and that nobody here waits for."""
-    deadline = time.monotonic() + GRACE
-    while LINUX and time.monotonic() < deadline:
-        orphans = []
-        for entry in os.scandir("/proc"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                told = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
-                if int(told[1]) == os.getpid() and int(entry.name) not in _ours and told[0] != b"Z":
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    orphans.append(entry.name)
-        if not orphans:
-            return
+class Output:
+    """What a process prints: its last part, in bounded memory, and its lines, handed on."""
 
+    limit = 1 << 17  # bytes
+    tail = pending = b""
+    total = 0
 
-class Kept:
-    """The head and the tail of a stream of bytes of any length, in bounded memory."""
+    def __init__(self, stream: Any, on_line: Callable[[str], None] | None) -> None:
+        self.stream, self.on_line = stream, on_line or (lambda line: None)
 
-    limit = 1 << 16  # bytes, at each end
+    def read(self) -> bool:
+        """Take what is there or comes in a moment; False when nothing did."""
+        from select import select
 
-    def __init__(self) -> None:
-        self.head, self.tail, self.total = bytearray(), bytearray(), 0
-
-    def add(self, chunk: bytes) -> None:
-        room = self.limit - len(self.head)
+        ready = select([self.stream], [], [], 0.05)[0]
+        chunk = os.read(self.stream.fileno(), self.limit) if ready else b""
         self.total += len(chunk)
-        self.head += chunk[:room]
-        self.tail = (self.tail + chunk[room:])[-self.limit :]
+        self.tail = (self.tail + chunk)[-self.limit :]
+        *lines, rest = (self.pending + chunk.replace(b"\r", b"\n")).split(b"\n")
+        self.pending = rest[-self.limit :]
+        for line in lines if self.total <= self.limit else lines[-1:]:
+            self.on_line(line.decode("utf-8", "replace"))
+        return bool(chunk)
 
     def text(self) -> str:
-        left_out = self.total - len(self.head) - len(self.tail)
-        gap = f"\n[… {size_text(left_out)} left out …]\n".encode() if left_out else b""
-        return plain(bytes(self.head + gap + self.tail).decode("utf-8", "replace"))
-
-
-def drain(stream: Any, kept: Kept, on_line: Callable[[str], None] | None) -> None:
-    """Read a pipe to its end, whatever comes; hand complete lines on, megabyte-long ones cut."""
-    pending = b""
-    while chunk := os.read(stream.fileno(), 1 << 16):
-        kept.add(chunk)
-        if on_line:
-            *lines, pending = (pending + chunk.replace(b"\r", b"\n")).split(b"\n")
-            for line in lines if kept.total <= kept.limit else lines[-1:]:
-                on_line(line.decode("utf-8", "replace"))
-            if len(pending) > 1 << 16:
-                on_line(pending.decode("utf-8", "replace"))
-                pending = b""
-    if on_line and pending:
-        on_line(pending.decode("utf-8", "replace"))
+        if self.pending:
+            self.on_line(self.pending.decode("utf-8", "replace"))
+        text, left_out = plain(self.tail.decode("utf-8", "replace")), self.total - len(self.tail)
+        return f"[… {size_text(left_out)} left out …]\n{text}" if left_out else text
 
 
 def run_guarded(run: Run, job: Job, on_line: Callable[[str], None] | None = None) -> Ran:
     """Run a command that we do not trust, to its end or its limit, and end all that it started."""
-    started, kept, ended, timed_out = time.monotonic(), Kept(), threading.Event(), False
-    mark = f"AGENT_RUNNER_JOB={job.env['AGENT_RUNNER_JOB']}"
+    started, is_late, is_asked = time.monotonic(), False, False
+    mark = f"AGENT_RUNNER_JOB={job.env['AGENT_RUNNER_JOB']}".encode()
+
+    def is_its(process: Path) -> bool:
+        return mark in (process / "environ").read_bytes().split(b"\0")
+
+    how: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
         with open(job.stdin or os.devnull, "rb") as stdin:
-            streams: dict[str, Any] = {"stdin": stdin, "stdout": -1, "stderr": subprocess.STDOUT}
-            process = spawn(job.argv, cwd=job.cwd, env=job.env, **streams)
+            process = subprocess.Popen(job.argv, cwd=job.cwd, env=job.env, stdin=stdin, **how)
     except OSError as error:
         return Ran(None, f"{job.argv[0]}: {error.strerror}", time.monotonic() - started)
-
-    def read() -> None:
-        try:
-            drain(process.stdout, kept, on_line)
-        finally:
-            ended.set()
-
+    output, end = Output(process.stdout, on_line), started + job.limit
     try:
-        threading.Thread(target=read, daemon=True).start()
-        while process.poll() is None and not timed_out and not run.stop.is_set():
-            run.console.tick()
-            if ended.wait(0.05):
+        while process.poll() is None and not (is_asked and time.monotonic() > end):
+            if not output.read():  # it is silent, or has closed its output
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-            timed_out = time.monotonic() > started + job.limit
-        if process.poll() is None:
-            signal_marked(mark, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                    process.wait(0.01)
+            run.console.tick()
+            if not is_asked and (time.monotonic() > end or run.stop.is_set()):
+                signal_all(is_its, signal.SIGTERM)
+                is_asked, is_late = True, time.monotonic() > end
+                end = time.monotonic() + GRACE
     finally:
         with contextlib.suppress(OSError):  # the group outlives its leader
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        while not run.bwrap and signal_marked(mark, signal.SIGKILL):
+        if not run.bwrap:
+            signal_all(is_its)
+        end = time.monotonic() + GRACE  # whoever still holds the pipe does not hold us
+        while output.read() and time.monotonic() < end:
             pass
-        if ended.wait(GRACE) and process.stdout:  # whoever still holds the pipe does not hold us
-            process.stdout.close()
-        _ours.discard(process.pid)
-    return Ran(process.returncode, kept.text(), time.monotonic() - started, timed_out)
+        output.stream.close()
+    return Ran(process.returncode, output.text(), time.monotonic() - started, is_late)
 
 
 # ----------------------------------------------------------------------------------------- output
@@ -3697,10 +3616,8 @@ CONTROL = re.compile(
     r"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"  # OSC, DCS and the like: title, clipboard
     r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]"
 )
-UNSEEN = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0]"
-    "|[\U000e0000-\U000e0fff]"
-)
+UNSEEN = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+UNSEEN += "\U000e0000-\U000e0fff]"
 
 
 def plain(text: str) -> str:
@@ -3712,17 +3629,14 @@ def is_invisible(character: str) -> bool:
     """Would a reader not see this character, though a program would act on it?"""
     from unicodedata import category
 
-    return category(character) in ("Cf", "Cc", "Cs") or bool(UNSEEN.match(character))
+    return category(character) in ("Cf", "Cc", "Cs") or bool(re.match(UNSEEN, character))
 
 
 def one_line(text: str, limit: int = 200) -> str:
     """The text on one line, without anything a terminal or a commit message would act on."""
-    text = plain(text)
+    text = " ".join(plain(text).split())
     if not text.isascii():
-        text = "".join(
-            c for c in text if c.isspace() or "\udc80" <= c <= "\udcff" or not is_invisible(c)
-        )
-    text = " ".join(text.split())
+        text = "".join(c for c in text if "\udc80" <= c <= "\udcff" or not is_invisible(c))
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
@@ -3735,7 +3649,7 @@ def head_and_tail(text: str, count: int) -> str:
 
 
 def size_text(count: int) -> str:
-    for limit, unit in ((1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")):
+    for limit, unit in ((10**9, "GB"), (10**6, "MB"), (1000, "kB")):
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count} bytes"
@@ -3750,17 +3664,18 @@ def duration_text(seconds: float) -> str:
 class Console:
     """The one place that prints. Narration goes to stdout, with --json to stderr."""
 
+    secrets: Sequence[str] = ()
+    began = 0.0  # of the step under way
+    latest = ""  # line of the agent's
+    status = ""  # what stands in place, to be erased before anything else is printed
+    resume = ""  # the word at which a forge's runner obeys again
+
     def __init__(self, *, json_on_stdout: bool = False) -> None:
         self.stream = sys.stderr if json_on_stdout else sys.stdout
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         forges = ("GITHUB_ACTIONS", "FORGEJO_ACTIONS", "GITEA_ACTIONS")
-        self.in_runner = any(os.environ.get(name) == "true" for name in forges)
-        self.secrets: list[str] = []
+        self.in_runner = "true" in map(os.environ.get, forges)
         self.lock = threading.Lock()
-        self.began = 0.0  # of the step under way
-        self.latest = ""  # line of the agent's
-        self.status = ""  # what stands in place, to be erased before anything else is printed
-        self.resume = ""  # the word at which a forge's runner obeys again
 
     def mask(self, text: str) -> str:
         for secret in self.secrets:
@@ -3768,18 +3683,15 @@ class Console:
         return text
 
     def say(self, text: str = "", *, bold: bool = False) -> None:
-        """Print lines, wrapped at words on a terminal, each piece with its line's own prefix."""
+        """Print lines, wrapped on a terminal, each piece with its line's prefix."""
         text = self.mask(text)
         if self.live:
             from textwrap import wrap
 
             columns, lines = shutil.get_terminal_size().columns - 1, list[str]()
             for line in text.split("\n"):
-                prefix = (re.match(r"  (\w+ )?│ | *", line) or [""])[0]
-                indent: dict[str, Any] = dict.fromkeys(
-                    ("initial_indent", "subsequent_indent"), prefix
-                )
-                lines += wrap(line[len(prefix) :], columns, **indent) or [line]
+                prefix = re.findall(r"^(?:  (?:\w+ )?│ | *)", line)[0]
+                lines += wrap(line, columns, subsequent_indent=prefix) or [line]
             text = "\n".join(lines)
         bold = bold and self.live and not os.environ.get("NO_COLOR")
         self.write(f"\x1b[1m{text}\x1b[0m\n" if bold else f"{text}\n")
@@ -3795,19 +3707,17 @@ class Console:
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Announce a step; at its end say how it ended, and after how long."""
         ended: list[str] = []
         self.say(f"▸ {text}", bold=True)
         self.began, self.latest = time.monotonic(), ""
-        started = self.began
         try:
             yield ended.append
         finally:
-            self.began = 0.0
-        self.say(f"  {'; '.join(ended) or 'done'} ({duration_text(time.monotonic() - started)})")
+            seconds, self.began = time.monotonic() - self.began, 0.0
+        self.say(f"  {'; '.join(ended) or 'done'} ({duration_text(seconds)})")
 
     def tick(self) -> None:
-        """On a terminal, show in place how long the step has run and the agent's latest line."""
+        """On a terminal, show in place how long it has taken and the agent's latest line."""
         if self.live and self.began:
             minutes, past = divmod(int(time.monotonic() - self.began), 60)
             columns = shutil.get_terminal_size().columns - 1
@@ -3835,21 +3745,22 @@ class Console:
 
 VARIANTS = {
     "issue-to-pr": {
-        "good": "writes the discount and tests for it: proposed",
-        "bad": "takes the percentage for an amount, so its own test fails: rejected",
-        "cheat": "wrong, and has a conftest.py skip every test: rejected",
-        "escape": "good, and tries to merge, tag and push by itself: held, then proposed",
+        "good": "writes the discount and its tests: proposed",
+        "bad": "takes the percentage for an amount: rejected",
+        "cheat": "wrong, and has a conftest.py hide the tests: rejected",
+        "escape": "good, and tries to merge, tag and push: held, then proposed",
         "idle": "changes nothing: the agent failed",
-        "hang": "never ends and ignores signals: ended at its limit",
+        "hang": "ignores signals and never ends: ended at its limit",
     },
     "self-heal": {
-        "bad": "the planted build is bad, the agent mends it: proposed",
-        "stuck": "repairs that are never right: handed to a person",
-        "cheat": "edits the test instead of the code: handed to a person",
-        "escape": "mends it, and tries to merge, tag and push by itself: held, then proposed",
-        "flaky": "a planted test that fails the first time only: handed to a person",
+        "bad": "mends the planted red build: proposed",
+        "stuck": "is never right: handed to a person",
+        "cheat": "edits the test, not the code: handed to a person",
+        "escape": "mends it, and tries to merge, tag and push: held, then proposed",
+        "flaky": "a planted test fails the first time only: handed to a person",
     },
 }
+DEMO_FILE, DEMO_TESTS = "agent_demo.py", "test_agent_demo_discount.py"
 DEMO = '''\
 """Prices: the small module that the simulated agents extend."""
 
@@ -3862,139 +3773,118 @@ def total(prices: list[float]) -> float:
 
 
 def apply_discount(price: float, percent: float) -> float:
-    """Return the price with `percent` per cent taken off; ValueError outside 0 to 100."""
+    """Return the price with `percent` per cent taken off."""
     if not 0 <= percent <= 100:
-        raise ValueError(f"percent must lie between 0 and 100, not {percent}")
+        raise ValueError(f"{percent} per cent")
     return price - price * percent / 100
 '''
+RIGHT = "price - price * percent / 100"
+FLAT = DEMO.replace(RIGHT, "price - percent")
 DEMO_TEST = """\
+import pytest
+
 from agent_demo import apply_discount
 
 
 def test_discount_takes_a_percentage_off() -> None:
-    assert apply_discount(200, 10) == 180
+    assert [apply_discount(200, percent) for percent in (0, 10, 100)] == [200, 180, 0]
 
 
-def test_discount_limits() -> None:
-    assert apply_discount(50, 0) == 50
-    assert apply_discount(50, 100) == 0
-
-
-def test_discount_outside_the_limits() -> None:
-    for percent in (-1, 101):
-        try:
-            apply_discount(50, percent)
-        except ValueError:
-            continue
-        raise AssertionError(f"{percent} per cent was accepted")
+@pytest.mark.parametrize("percent", [-1, 101])
+def test_discount_outside_the_limits(percent: float) -> None:
+    with pytest.raises(ValueError):
+        apply_discount(50, percent)
 """
-RIGHT, FLAT = "price - price * percent / 100", "price - percent"  # taken for an amount of money
 FLAKY = """
 
 def test_that_fails_the_first_time_only() -> None:
-    import pathlib
-    import tempfile
+    import os
 
-    mark = pathlib.Path(tempfile.gettempdir()) / "agent-demo-ran-before"
-    ran_before = mark.exists()
-    mark.touch()
+    mark = os.environ["TMPDIR"] + "/ran-before"
+    ran_before = os.path.exists(mark)
+    open(mark, "w").close()
     assert ran_before
 """
-SKIP_ALL = """\
-import pytest
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.skip)
-"""
-DEMO_FILE, DEMO_TESTS = "agent_demo.py", "test_agent_demo_discount.py"
-ACTOR = """\
-import json, os, pathlib, shlex, signal, subprocess, sys, time
-
-variant, texts, real, addresses = json.loads(sys.argv[1])
-print(f"simulated agent, variant {variant}", flush=True)
-
-
-def attempt(what, command):
-    git = "git -c user.name=agent -c user.email=agent@example.invalid "
-    words = shlex.split(command if command.startswith("gh") else git + command)
-    try:
-        done = subprocess.run(words, stdin=-3, capture_output=True, text=True, timeout=20)
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        said = next((line for line in lines if "agent_runner" in line), lines[0] if lines else "")
-        became = "worked, on this disposable clone only"
-        if done.returncode:
-            became = f"refused: {said[:110]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        became = f"refused: {error}"
-    print(f"{what:<34} {became}", flush=True)
-
-
-for name, text in texts.items():
-    pathlib.Path(name).write_text(text, encoding="utf-8", newline="\\n")
-    print(f"I wrote {name}", flush=True)
-if variant == "idle":
-    print("I looked around and changed nothing", flush=True)
-if variant == "hang":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.Popen(["sleep", "3600"], start_new_session=True)
-    print("I ignore SIGTERM, have started a child, and never end", flush=True)
-    while True:
-        time.sleep(60)
-if variant == "escape":
-    print("Now I try to get my work merged by myself:", flush=True)
-    there, push = shlex.quote(real), "push --force --no-verify"
-    attempt("commit here", "commit -q --allow-empty -am mine")
-    attempt("merge into main here", "checkout -q -B main")
-    attempt("plant a hook here", "config core.hooksPath planted-hooks")
-    attempt("push by name", "push origin HEAD:main")
-    for address in addresses[:2]:
-        attempt("push by address, forced, no hooks", f"{push} {shlex.quote(address)} HEAD:main")
-    attempt("commit in the real repository", f"-C {there} commit -q --allow-empty -m mine")
-    attempt("move a branch there", f"-C {there} branch -f moved-by-agent")
-    attempt("tag there", f"-C {there} tag v999-by-agent")
-    attempt("push to the real repository", f"{push} {there}/ HEAD:refs/heads/agent-was-here")
-    attempt("open a pull request with gh", "gh pr create --fill")
-print("done", flush=True)
-"""
+SCRIPTS = {
+    "idle": "echo 'I change nothing'",
+    "hang": "trap '' TERM\necho 'I ignore SIGTERM and never end'\nwhile true; do sleep 60; done",
+    "escape": """\
+try() {
+    echo "Now I try to $1:"
+    shift
+    "$@" && echo 'That went through, on this disposable clone only'
+}
+try 'commit here' git commit -qam mine --allow-empty
+try 'merge here' git checkout -qB main
+try 'push by name' git push origin HEAD:main
+try 'push by address' git push -f --no-verify "$address" HEAD:main
+try 'move a branch of the real repository' git -C "$real" branch -f moved-by-agent
+try 'tag there' git -C "$real" tag --no-sign v999-by-agent
+try 'push there' git push -f --no-verify "$real/" HEAD:refs/heads/agent-was-here
+try 'open a pull request' gh pr create --fill
+""",
+}
 
 
 def simulated_agent(run: Run) -> list[str]:
-    """The command line of a simulated agent: a Python of its own with the text of `ACTOR`."""
-    variant, flat = str(run.settings.simulate), DEMO.replace(RIGHT, FLAT)
-    weaker = DEMO_TEST.replace("10) == 180", "10) == 190").replace("100) == 0", "100) == -50")
-    wrong = DEMO.replace(
-        RIGHT, "price - percent / 100" if len(run.turns) > 1 else "price * percent"
-    )
-    good = {DEMO_FILE: DEMO, DEMO_TESTS: DEMO_TEST}
-    texts = {
-        "bad": {**good, DEMO_FILE: flat},
-        "cheat": {**good, DEMO_FILE: flat, "conftest.py": SKIP_ALL},
-        **{"idle": {}, "hang": {}},
-    }
-    if run.is_repair:
-        good = {DEMO_FILE: DEMO}
-        texts = {"stuck": {DEMO_FILE: wrong}, "cheat": {DEMO_TESTS: weaker}}
-    told = [variant, texts.get(variant, good), str(run.repo.top), run.addresses]
-    return [sys.executable, "-I", "-S", "-c", ACTOR, json.dumps(told)]
+    """The command line of a simulated agent: a shell script."""
+    variant, texts = str(run.settings.simulate), {DEMO_FILE: DEMO, DEMO_TESTS: DEMO_TEST}
+    if variant == "cheat" and run.is_repair:
+        texts = {DEMO_TESTS: DEMO_TEST.replace("180, 0", "190, 100")}
+    elif variant == "cheat":
+        texts |= {DEMO_FILE: FLAT, "conftest.py": 'collect_ignore_glob = ["*"]\n'}
+    elif variant == "bad" and not run.is_repair:
+        texts[DEMO_FILE] = FLAT
+    elif variant == "stuck":
+        texts[DEMO_FILE] = DEMO.replace(RIGHT, f"price - {len(run.turns)}")
+    elif variant in ("idle", "hang"):
+        texts = {}
+    real, address = shlex.quote(str(run.repo.top)), shlex.quote("".join(run.addresses[:1]))
+    script = f"real={real} address={address}\n"
+    for name, text in texts.items():
+        script += f"cat > {name} << 'END'\n{text}END\necho 'I wrote {name}'\n"
+    return ["sh", "-c", f"{script}{SCRIPTS.get(variant, '')}\necho done"]
 
 
 def plant_red_build(run: Run) -> str:
     """A commit on top of the user's in which the demo is broken: the base of a repair."""
-    flaky, prefix = (
-        run.settings.simulate == "flaky",
-        f"{run.repo.prefix}/" if run.repo.prefix else "",
-    )
-    source, tests = (DEMO, DEMO_TEST + FLAKY) if flaky else (DEMO.replace(RIGHT, FLAT), DEMO_TEST)
-    texts = {DEMO_FILE: source, DEMO_TESTS: tests}
-    entries = [new_entry(run.private, prefix + name, text.encode()) for name, text in texts.items()]
-    tree = build_tree(run.private, run.private.tree_of(run.base), entries)
-    return run.private.commit(tree, run.base, "Plant a red build for a simulated repair\n")
+    private, texts = run.private, {DEMO_FILE: FLAT, DEMO_TESTS: DEMO_TEST}
+    if run.settings.simulate == "flaky":
+        texts = {DEMO_FILE: DEMO, DEMO_TESTS: DEMO_TEST + FLAKY}
+    folder = f"{run.repo.prefix}/".lstrip("/")
+    entries = [new_entry(private, folder + name, text.encode()) for name, text in texts.items()]
+    tree = build_tree(private, private.tree_of(run.base), entries)
+    return private.commit(tree, run.base, "Plant a red build for a simulated repair\n")
 
 
 # ----------------------------------------------------------------------------------- command line
 # All that could waste a run is refused first, with one plain sentence and a remedy that works.
+
+OPTIONS = """\
+--simulate VARIANT: a scripted agent: see below
+--attempts N: turns of the agent (issue-to-pr 1, self-heal 2)
+--gate CMD: in place of 'ruff check .' and 'pytest -q'
+--agent-timeout D: of one turn: 90s, 15m, 1h (default 30m)
+--gate-timeout D: of one gate command (default 10m)
+--base REF: the commit to start from (default HEAD)
+--setup CMD: prepare each clone
+--carry PATH: bring an ignored file along
+--allow PATTERN: a protected path that may change
+--sandbox WHEN: the kernel level: auto, off, require
+--writable PATH: a folder that the agent may write
+--keep-env NAME: a variable not to withhold
+--strict: what is otherwise only shown first rejects
+--no-baseline: do not judge the base
+--no-switch: do not switch to the new branch
+--dry-run: print the plan and the brief, touch nothing
+--json: the report on stdout, all else on stderr
+"""
+STATUSES = """\
+exit statuses: 0 proposed or already green, 1 rejected, 2 handed to a person, 3 refused,
+4 the agent failed, 5 a rule was broken, 130, 143, 129 interrupted, 70 a fault of this program
+
+CMD, PATH, PATTERN and NAME may be given again.
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -4003,247 +3893,161 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         from difflib import get_close_matches
 
-        for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2]):
-            if near := get_close_matches(word, [f"--{row[0]}" for row in OPTIONS], 1):
-                message += f"; did you mean {near[0]}?"
-        raise Refusal(f"{message} (see {self.prog} --help)")
+        word = message.partition("arguments: ")[2].partition("=")[0]
+        for near in get_close_matches(word, re.findall(r"--[\w-]+", OPTIONS), 1):
+            message += f"; did you mean {near}?"
+        raise Refusal(f"{message} (see python3 agent_runner.py COMMAND --help)")
 
 
 def seconds(text: str) -> float:
-    """A duration: 90, 90s, 15m, 1h."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not 0 < value <= 7 * 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 90s, 15m or 1h")
-    return value
+    match = re.fullmatch(r"(\d+\.?\d*)([smh]?)", text)
+    value = float(match[1]) * {"m": 60, "h": 3600}.get(match[2], 1) if match else 0
+    if 0 < value <= 7 * 86400:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 90s, 15m or 1h")
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 100")
-    return int(text)
-
-
-OPTIONS = (  # name, kind of value, help
-    ("simulate", "VARIANT", "a scripted agent: see below"),
-    ("attempts", "N", "how often the agent may try (issue-to-pr 1, self-heal 2)"),
-    ("gate", "CMD", "in place of 'ruff check .' and 'pytest -q'; repeatable"),
-    ("agent-timeout", "D", "of one turn: 90s, 15m, 1h (default 30m)"),
-    ("gate-timeout", "D", "of one gate command (default 10m)"),
-    ("base", "REF", "the commit to start from (default HEAD)"),
-    ("setup", "CMD", "prepare each clone; repeatable"),
-    ("carry", "PATH", "bring an ignored file along; repeatable"),
-    ("allow", "PATTERN", "a protected path that may change; repeatable"),
-    ("sandbox", "WHEN", "the kernel level: auto, off, require"),
-    ("writable", "PATH", "a folder that the agent may write; repeatable"),
-    ("keep-env", "NAME", "a variable not to withhold; repeatable"),
-    ("strict", "", "what is otherwise only shown first rejects"),
-    ("no-baseline", "", "do not judge the base"),
-    ("no-switch", "", "do not switch to the new branch"),
-    ("dry-run", "", "print the plan and the brief, touch nothing"),
-    ("json", "", "the report on stdout, all else on stderr"),
-)
-STATUSES = """\
-exit statuses:
-  0 proposed or already green   1 rejected   2 gave up: handed to a person
-  3 refused   4 the agent failed   5 a rule was broken
-  130, 143, 129 interrupted   70 a fault of this program
-"""
-ABOUT = (
-    "Drive a coding agent from an issue, or a red check, to a pull-request proposal. Never a merge."
-)
+    if re.fullmatch("[1-9][0-9]?|100", text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 100")
 
 
 def build_parser() -> Parser:
     """Two commands that share their options; none has a default, so the given ones are known."""
-    style: dict[str, Any] = {
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "allow_abbrev": False,
-    }
-    more = f"agent_runner.py COMMAND --help lists the options of each.\n\n{STATUSES}"
-    parser = Parser(prog="agent_runner.py", description=ABOUT, epilog=more, **style)
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    style |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = Parser(prog="agent_runner.py", description=__doc__, epilog=STATUSES, **style)
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    kinds: dict[str, dict[str, Any]] = {"N": {"type": positive}, "D": {"type": seconds}}
+    kinds: dict[str, dict[str, Any]] = {"N": {"type": positive}, "D": {"type": seconds}, "REF": {}}
     kinds["WHEN"] = {"choices": ["auto", "off", "require"]}
-    for name, what in (
-        ("issue-to-pr", "an issue into a proposal"),
-        ("self-heal", "a red check into one"),
-    ):
-        variants = "".join(f"  {variant:7} {text}\n" for variant, text in VARIANTS[name].items())
-        about = f"Turn {what}. The agent is $AGENT_CMD, or a simulated one."
-        more = f"--simulate writes a discount, whatever is asked:\n{variants}\n{STATUSES}"
-        command = commands.add_parser(name, help=what, description=about, epilog=more, **style)
+    for name, variants in VARIANTS.items():
+        kinds["VARIANT"] = {"choices": [*variants]}
+        told = "".join(f"  {variant:7} {text}\n" for variant, text in variants.items())
+        more = f"--simulate writes a discount, whatever is asked:\n{told}\n{STATUSES}"
+        command = commands.add_parser(name, help="--help tells its options", epilog=more, **style)
         if name == "issue-to-pr":
             command.add_argument("issue", metavar="ISSUE", help="a Markdown file, or - for stdin")
-        kinds["VARIANT"] = {"choices": list(VARIANTS[name])}
-        for option, kind, text in OPTIONS:
-            how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
-            if kind:
-                action = "append" if "repeatable" in text else "store"
-                how |= {"metavar": kind, "action": action} | kinds.get(kind, {})
-            elif option.startswith("no-"):
-                how |= {"action": "store_false", "dest": option[3:]}
-            else:
-                how["action"] = "store_true"
-            command.add_argument(f"--{option}", **how)
+        for option, kind, text in re.findall(r"(--[\w-]+) ?([A-Z]*): (.*)", OPTIONS):
+            how = {"metavar": kind} | kinds.get(kind, {"action": "append"})
+            if not kind:
+                how = {"action": "store_true"}
+            if option.startswith("--no-"):
+                how = {"action": "store_false", "dest": option[5:]}
+            command.add_argument(option, help=text, **how)
     return parser
 
 
 def split_command(command: str, name: str) -> list[str]:
-    """A command's words, as a shell splits them."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise Refusal(
-            f"{name} cannot be split into words ({error}); check its quotes: {command}"
-        ) from None
+        raise Refusal(f"{name}: {error}; check its quotes: {command}") from None
     if not words:
         raise Refusal(f"{name} is empty; give it a command.")
     return [os.path.expanduser(word) if word.startswith("~/") else word for word in words]
 
 
-def check_command(command: str, name: str, placeholder: str = "") -> list[str]:
+def check_command(command: str, name: str) -> list[str]:
     """A command's words; refused where it holds what only a shell, or nobody, would understand."""
     words = split_command(command, name)
     bare = re.sub(r"'[^']*'|\"(\\.|[^\"\\])*\"|\\.", "q", command)  # without what is quoted
-    needs = re.findall(r"&&|\|\||\d?>>?|[|&;<]|`|\$\(", bare)
-    needs += [words[0]] if words[0] == "cd" or re.match(r"\w+=", words[0]) else []
-    if needs:
-        start = "export AGENT_CMD=" if name == "AGENT_CMD" else f"{name} "
+    if needs := re.search(r"[|&;<>`]|\$\(|^(cd |\w+=)", bare):
         meant = shlex.quote(f"sh -c {shlex.quote(command)}")
-        raise Refusal(
-            f"{name} is run without a shell, and {needs[0]!r} needs one; write: {start}{meant}"
-        )
-    unknown = [w for w in words if re.fullmatch(r"\{[a-z]+(_[a-z]+)*\}", w) and w != placeholder]
-    if unknown and "awk" not in words[0]:
-        knows = (
-            f"the one placeholder that it knows is {placeholder}"
-            if placeholder
-            else "it knows none"
-        )
-        raise Refusal(f"{name} holds {unknown[0]}, which looks like a placeholder; {knows}.")
+        meant = f"export AGENT_CMD={meant}" if name == "AGENT_CMD" else f"{name} {meant}"
+        raise Refusal(f"{name} is run without a shell, and {needs[0]!r} needs one; write: {meant}")
+    known = "{prompt_file}" if name == "AGENT_CMD" else "none"
+    for word in words if "awk" not in words[0] else ():
+        if re.fullmatch(r"{[a-z_]+}", word) and word != known:
+            raise Refusal(f"{name} holds {word}; the one placeholder that it knows is {known}.")
     return words
 
 
 def check_agent(run: Run) -> list[str]:
-    """AGENT_CMD, refused before anything is spent on it."""
     command = os.environ.get("AGENT_CMD", "")
     if run.settings.simulate:
-        return ["python3"]
+        return ["sh"]
     if not command.strip():
-        variant = "bad" if run.is_repair else "good"
-        text = "AGENT_CMD is not set; set it to your agent's one-shot command, or try"
-        raise Refusal(f"{text} --simulate {variant}.")
-    words = check_command(command, "AGENT_CMD", "{prompt_file}")
-    place, what = (
-        run.start / os.path.expanduser(words[0]),
-        f"AGENT_CMD starts with {words[0]!r}, which",
-    )
-    if place.is_dir() and os.sep in words[0]:
-        raise Refusal(f"{what} is a folder; name the program in it.")
-    if find_program(run, words[0]) is None:
-        if place.is_file():
-            raise Refusal(f"{what} is not executable; run: chmod +x {shlex.quote(str(place))}")
-        raise Refusal(f"{what} was not found; install it or give its path.")
-    return words
+        text = "AGENT_CMD is not set; set it to your agent's one-shot command, or try --simulate"
+        raise Refusal(f"{text} {'bad' if run.is_repair else 'good'}.")
+    words = check_command(command, "AGENT_CMD")
+    place, why = run.start / words[0], "was not found; install it or give its path"
+    if find_program(run, words[0]):
+        return words
+    if "/" in words[0] and place.is_dir():
+        why = "is a folder; name the program in it"
+    elif "/" in words[0] and place.exists():
+        why = f"is not executable; run: chmod +x {shlex.quote(str(place))}"
+    raise Refusal(f"AGENT_CMD starts with {words[0]!r}, which {why}")
 
 
 def check_gate(run: Run) -> None:
     """The gate's tools must be there, unless --setup may bring them; and tests for it."""
-    for words in run.commands:
-        if not find_program(run, words[0]) and not run.settings.setup:
-            raise Refusal(
-                f"the gate needs {words[0]}, which was not found. {how_to_get(run, words[0])}"
-            )
+    for tool, *_ in run.commands:
+        if not run.settings.setup and not find_program(run, tool):
+            raise Refusal(f"the gate needs {tool}, which was not found. {how_to_get(run, tool)}")
     if run.settings.gate != DEFAULT_GATE or run.settings.simulate:
         return
-    names = "\0" + run.private("ls-tree", "-r", "-z", "--name-only", run.base)
-    kinds = {"package.json": "npm test", "go.mod": "go test ./...", "Cargo.toml": "cargo test"}
-    kinds |= {"Makefile": "make test", "pom.xml": "mvn -q test"}
-    held = [gate for file, gate in kinds.items() if f"\0{file}\0" in names]
-    if held and not re.search(r"\.pyi?\0", names):
-        text = "the default gate is for Python, and this repository holds none; name its own tests"
-        raise Refusal(f"{text}: --gate {shlex.quote(held[0])}")
-    if not re.search(r"[\0/](test_[^/\0]*|[^/\0]*_test)\.py\0", names):
-        run.console.say(
-            "  note: no tests yet: a change must bring one (or name a gate with --gate)"
-        )
+    names = zsplit(run.private("ls-tree", "-r", "-z", "--name-only", run.base))
+    gates = {"package.json": "npm test", "go.mod": "go test ./...", "Cargo.toml": "cargo test"}
+    for file in gates.keys() & {*names}:
+        if not any(name.endswith((".py", ".pyi")) for name in names):
+            gate = f"--gate {shlex.quote(gates[file])}"
+            raise Refusal(f"the default gate is for Python, and there is none here: {gate}")
+    if not any(TEST_MODULE.search(name) for name in names):
+        run.console.say("  note: no tests yet: a change must bring one (or name another --gate)")
 
 
-def check_repository(run: Run) -> None:
-    """What of the repository would waste a run; and the commit to start from."""
-    repo, named, head = run.repo, run.settings.base, run.repo.head
-    if not repo.common_dir:
-        if named is not None:
-            raise Refusal("--base needs a Git repository; this folder is none.")
-        return
+def find_base(run: Run) -> str:
+    """The commit to start from; on an unmerged proposal, where that one started."""
+    named, head = run.settings.base, run.repo.head
+
+    def resolve(name: str) -> str:
+        words = ("rev-parse", "--verify", "-q", "--end-of-options", name)
+        return run.git(*words, check=False).strip()
+
+    def is_merged(commit: str) -> bool:
+        words = ("--format=%(refname)", f"--contains={commit}", "refs/heads", "refs/remotes")
+        return any("/agent/" not in name for name in run.git("for-each-ref", *words).split())
+
     if named is not None:
-        words = ("rev-parse", "--verify", "-q", "--end-of-options")
-        told = run.git(*words, named, check=False).split()
-        head = (
-            run.git(*words, f"{told[0]}^{{commit}}", check=False).strip() if len(told) == 1 else ""
-        )
+        head = resolve(f"{resolve(named)}^{{commit}}")  # at once, it would be a part of :/text
         if not head:
             raise Refusal(f"--base {named!r} is no commit here; git branch -a lists what is.")
-    elif not head:
+    elif run.repo.common_dir and not head:
         raise Refusal("this repository has no commit yet; run: git add -A && git commit -m 'Start'")
-    elif (repo.head_ref or "").startswith("refs/heads/agent/"):  # start where that proposal started
-        starts = {commit: start for commit, start in known_commits(run).items() if start}
-        while starts.get(head, head) != head and not is_merged(run, head):
-            head = starts.pop(head)
-    run.base = head
-    partial = [k for k in repo.config if k.endswith(".promisor") or k == "extensions.partialclone"]
-    if partial and "\n?" in run.git("rev-list", "--objects", "--no-walk", "--missing=print", head):
-        raise Refusal(
-            "this partial clone lacks files of the base; run: git fetch --refetch --no-filter"
-        )
-    if (
-        run.git("for-each-ref", "refs/heads/agent")
-        and (repo.common_dir / "refs/heads/agent").is_file()
-    ):
-        rename = f"git branch -m agent {free_branch(run, 'my-agent')}"
-        raise Refusal(f"a branch 'agent' is in the way of 'agent/…'; run: {rename}")
-    if not os.access(repo.common_dir, os.W_OK) or not os.access(
-        repo.common_dir / "objects", os.W_OK
-    ):
-        raise Refusal(
-            f"{repo.common_dir} cannot be written; make it writable, for a proposal to be made."
-        )
-    carried = tuple(check_carried(run, path) for path in run.settings.carry)
-    run.settings = run.settings._replace(carry=carried)
+    elif (run.repo.head_ref or "").startswith("refs/heads/agent/"):
+        starts = known_commits(run)
+        while (start := starts.pop(head, "")) and not is_merged(head):
+            head = start
+    return head
 
 
-def check_carried(run: Run, path: str) -> str:
-    """A path of --carry, relative to the repository's top."""
-    inside = os.path.relpath(run.repo.top / path, run.repo.top)
-    if inside.split("/")[0] in (".", "..", ".git") or not os.path.lexists(run.repo.top / inside):
-        raise Refusal(
-            f"--carry {path!r} is no file or folder here; give a path relative to the top."
-        )
-    if run.git("ls-files", "--", f":(top,literal){inside}"):
-        raise Refusal(
-            f"--carry {path!r} is tracked by Git, so every clone has it already; leave it out."
-        )
-    return inside
-
-
-def is_merged(run: Run, commit: str) -> bool:
-    """Does a branch that is no proposal hold the commit?"""
-    words = (
-        "for-each-ref",
-        "--format=%(refname)",
-        f"--contains={commit}",
-        "refs/heads",
-        "refs/remotes",
-    )
-    return any("/agent/" not in name for name in run.git(*words).splitlines())
+def check_repository(run: Run, common_dir: Path) -> None:
+    top, git = run.repo.top, run.git
+    missing = ("--objects", "--no-walk", "--missing=print")
+    partial = any("partialclone" in key for key in run.repo.config)
+    if partial and "\n?" in git("rev-list", *missing, run.base):
+        raise Refusal("this partial clone lacks files; run: git fetch --refetch --no-filter")
+    for place in (common_dir, common_dir / "objects"):
+        if not os.access(place, os.W_OK):
+            raise Refusal(f"{place} cannot be written; make it writable, for the proposal.")
+    if git("rev-parse", "-q", "--verify", "refs/heads/agent", check=False):
+        remedy = f"git branch -m agent {free_branch(run, 'my-agent')}"
+        raise Refusal(f"the branch 'agent' is in the way of 'agent/…'; run: {remedy}")
+    carry = tuple(os.path.relpath(top / path, top) for path in run.settings.carry)
+    for path in carry:
+        if path.split("/")[0] in (".", "..", ".git") or not os.path.lexists(top / path):
+            raise Refusal(f"--carry {path} is not here; give a path relative to the top.")
+        if git("ls-files", "--", f":(top,literal){path}"):
+            why = "tracked by Git, so every clone has it already; leave it out"
+            raise Refusal(f"--carry {path} is {why}.")
+    run.settings = run.settings._replace(carry=carry)
 
 
 def read_folder(run: Run) -> None:
-    """Outside Git: read the folder into the private Git directory, as the base of the run."""
-    count = sum(len(files) for _, _, files in os.walk(run.repo.top))
-    if count > 50_000:
+    if sum(len(files) for _, _, files in os.walk(run.repo.top)) > 50_000:
         raise Refusal("this folder is no Git repository and holds too many files; run: git init")
     clone = Clone(run, "folder", "")
     clone.path = run.repo.top
@@ -4253,7 +4057,7 @@ def read_folder(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """All that is checked before the agent starts; nothing is touched if it refuses."""
-    settings = run.settings
+    settings, common_dir = run.settings, run.repo.common_dir
     if not run.is_repair:
         run.issue = read_issue(settings.issue)
         run.slug, run.title = run.issue.slug, run.issue.title
@@ -4261,202 +4065,172 @@ def prepare(run: Run) -> None:
     for command in settings.setup:
         check_command(command, "--setup")
     identity = dict.fromkeys(IDENTITY, "agent_runner")
-    if run.repo.common_dir:
+    if common_dir:
         read_config(run)
         identity = find_identity(run.repo.config)
     run.repo = run.repo._replace(identity=identity)
-    run.environment, found = find_environment(run)
-    run.agent = check_agent(run)
-    check_repository(run)
+    run.environment, environment = find_environment(run)
+    run.agent, run.base = check_agent(run), find_base(run)
+    if common_dir:
+        check_repository(run, common_dir)
     run.console.secrets = secrets_in(os.environ.items())
     run.bwrap, run.no_kernel = find_bwrap(settings.sandbox, run.repo.top)
     run.open()
-    if not run.repo.common_dir:
+    if not common_dir:
         read_folder(run)
-    announce(run, found)
+    announce(run, environment)
     check_gate(run)
-    run.lent = find_lent(run)
-    run.git_guard = write_guard(run)
+    run.lent, run.git_guard = find_lent(run), write_guard(run)
     run.instructions = find_instructions(run)
     if reason := run.private.cannot_sign(run.base):
-        raise Refusal(
-            f"commits are to be signed and cannot be without asking ({reason}); "
-            "unlock the key first, or run: git config commit.gpgSign false"
-        )
+        remedy = "unlock the key, or run: git config commit.gpgSign false"
+        raise Refusal(f"commits are to be signed and cannot be ({reason}); {remedy}")
     if settings.simulate and run.is_repair:
         run.base = plant_red_build(run)
 
 
 def announce(run: Run, environment: str) -> None:
     """Say what will happen, from where, and which levels of the guard are in force."""
-    say, repo, simulate = run.console.say, run.repo, run.settings.simulate
-    title = f": {run.issue.title}" if run.issue else ""
-    say(f"agent_runner {__version__}: {run.settings.command}{title}", bold=True)
-    if repo.common_dir:
-        on = run.settings.base or (repo.head_ref or "detached HEAD").removeprefix("refs/heads/")
-        planted = ", with a red build planted on top" if simulate and run.is_repair else ""
-        say(f"  base: {run.base[:12]} ({on}{planted})")
-        if run.base != repo.head and not run.settings.base:
-            say(
-                "  note: HEAD is on an unmerged proposal, so this run starts where that one started"
-            )
-    else:
-        say(
-            "  note: this folder is no Git repository: a green change is written into it at the end"
-        )
-    if repo.prefix:
-        say(f"  running in {repo.prefix}, where the gate runs too")
-    say(f"  guard: {', '.join(run.levels)}")
+    repo, settings, variant, notes = run.repo, run.settings, run.settings.simulate, []
+    on = settings.base or (repo.head_ref or "detached HEAD").removeprefix("refs/heads/")
+    lines, agent = [f"base: {run.base[:12]} ({on})"], one_line(os.environ.get("AGENT_CMD", ""))
+    if variant:
+        agent = f"simulated, {variant}: {VARIANTS[settings.command][variant]}. It reads no issue."
+    if variant and run.is_repair:
+        notes.append("a red build is planted on top of the base")
+    if not repo.common_dir:
+        notes.append("this is no Git repository: a green change is written into the folder")
+    elif run.base != repo.head and not settings.base:
+        notes.append("HEAD is on an unmerged proposal; this starts where that one started")
     if not run.bwrap:
-        say(f"  note: not refused by the kernel: {run.no_kernel}")
-        say(
-            "  note: your other files are safe only from an agent that does not go looking for them"
-        )
-    if environment:
-        say(f"  environment: {environment}")
+        notes.append(f"not refused by the kernel: {run.no_kernel}")
+        notes.append("your other files are safe only from an agent that does not look for them")
     if run.issue and run.issue.hidden:
-        say(f"  note: {run.issue.hidden} hidden comments or characters were taken out of the issue")
-    agent = one_line(os.environ.get("AGENT_CMD", ""))
-    if simulate:
-        agent = (
-            f"simulated, {simulate}: {VARIANTS[run.settings.command][simulate]}. It reads no issue."
+        notes.append(
+            f"{run.issue.hidden} hidden comments or characters were taken out of the issue"
         )
-    say(f"  agent: {agent}")
-    for told in killed_runs(run):
-        say(f"  note: {told}")
+    lines += [f"running in {repo.prefix}, where the gate runs too"] if repo.prefix else []
+    lines += [f"environment: {environment}"] if environment else []
+    lines += [f"guard: {', '.join(run.levels)}", f"agent: {agent}"]
+    run.console.say(f"agent_runner {__version__}: {settings.command}: {run.title}", bold=True)
+    for line in [*lines, *(f"note: {note}" for note in [*notes, *killed_runs(run)])]:
+        run.console.say(f"  {line}")
+
+
+def dry_run(run: Run) -> Ending:
+    settings, limit = run.settings, duration_text(run.settings.agent_timeout)
+    run.console.say(f"  gate: {'; '.join(settings.gate)}")
+    run.console.say(f"  attempts: {settings.attempts}, each at most {limit}")
+    run.console.say(f"  branch: agent/{run.slug} or the next free number\n\nThe brief:\n")
+    for line in write_brief(run, None, None).split("\n"):
+        run.console.say(f"  │ {line}")
+    return Ending("", "dry run: nothing was done", exit_code=0)
 
 
 def supervise(run: Run) -> Ending:
-    """One run from its checks to its outcome; whatever stops it on the way, the work is kept."""
     prepare(run)
     if run.settings.dry_run:
         return dry_run(run)
     run.open_record()
-    try:
-        return self_heal(run) if run.is_repair else issue_to_pr(run)
-    except (Interrupted, Refusal, OSError) as error:
-        run.signals.shielded = True
-        run.stop.set()
-        outcome, reason, status = "refused", "", -1
-        if isinstance(error, Interrupted):
-            outcome, reason, status = "interrupted", "ended by a signal", 128 + int(error.args[0])
-        reason = reason or reason_of(error, run)
-        try:
-            if run.turns and not run.turns[-1].change:
-                run.turns[-1] = run.turns[-1]._replace(change=read_change(run))
-        except (Refusal, OSError) as fault:
-            run.keep_folder, place = True, run.workspace.path if run.workspace else run.folder
-            reason += f"; the work could not be read ({one_line(str(fault))}); it lies in {place}"
-        ending = hand_over(run, outcome, reason)
-        return ending._replace(exit_code=status) if ending.outcome == outcome else ending
+    return self_heal(run) if run.is_repair else issue_to_pr(run)
 
 
-def reason_of(error: BaseException, run: Run) -> str:
-    """The sentence for something that the user can mend; a fault of our own is raised again."""
+def stop(run: Run, error: BaseException) -> Ending:
+    """The ending after a signal, or what the user can mend; the work so far is kept. A fault of
+    our own is raised again."""
     import errno
 
-    text = str(error)
-    if isinstance(error, OSError):
+    run.signals.shielded = True
+    run.stop.set()
+    outcome, text, status = "refused", str(error), OUTCOMES["refused"]
+    if isinstance(error, Interrupted):
+        outcome, text, status = "interrupted", "ended by a signal", 128 + error.args[0]
+    elif isinstance(error, OSError):
         if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE):
             raise error
-        what = f"{error.strerror}: {error.filename or 'a file of the run'}"
-        return f"{what}; mend that (room, access), and run again"
-    for place in (run.repo.common_dir, run.folder if run.lock else None):
-        with contextlib.suppress(OSError):  # Git does not always give the cause
-            if isinstance(error, GitError) and place and shutil.disk_usage(place).free < 1 << 24:
-                text += f"; the disk of {place} is full"
-    return text
-
-
-def dry_run(run: Run) -> Ending:
-    """The plan and the whole brief; nothing is touched."""
-    settings, say = run.settings, run.console.say
-    say(f"  gate: {'; '.join(settings.gate)}")
-    say(f"  attempts: {settings.attempts}, each at most {duration_text(settings.agent_timeout)}")
-    say(f"  branch: agent/{run.slug} or the next free number\n\nThe brief:\n")
-    for line in write_brief(run, None, None).split("\n"):
-        say(f"  │ {line}")
-    return Ending("", "dry run: nothing was done", exit_code=0)
+        text += "; mend that (room, access), and run again"
+    ending = hand_over(run, outcome, text)
+    return ending if ending.outcome == "rule-broken" else ending._replace(exit_code=status)
 
 
 class Signals:
     """Turn the first INT, TERM or HUP into `Interrupted`; later ones disturb no clean-up."""
 
-    def __init__(self) -> None:
-        self.shielded, self.seen = False, False
-        self.old: dict[int, Any] = {}
+    shielded = seen = False
 
-    def watch(self) -> None:
+    def watch(self, handler: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.old[number] = signal.signal(number, self.handle)
+                signal.signal(number, handler)
 
     def handle(self, number: int, frame: Any) -> None:
         first, self.seen = not self.seen, True
         if first and not self.shielded:
             raise Interrupted(number)
 
-    def restore(self) -> None:
-        for number in self.old:  # all is told: nothing may change the exit status now
-            signal.signal(number, signal.SIG_IGN)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status is the outcome's."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    console, signals = Console(json_on_stdout="--json" in words), Signals()
+    words, signals = list(sys.argv[1:] if argv is None else argv), Signals()
     if not words:
         build_parser().print_help()
         return OUTCOMES["refused"]
+    console = Console(json_on_stdout="--json" in words)
     run = Run(Settings(""), Repo(Path()), console, signals)
-    signals.watch()
+    signals.watch(signals.handle)
     console.tell_runner()
     try:
         try:
             given = vars(build_parser().parse_args(words))
-            command, issue = given.pop("command"), given.pop("issue", "")
-            values: dict[str, Any] = {"attempts": 2} if command == "self-heal" else {}
-            values |= {"agent_timeout": 10.0} if given.get("simulate") == "hang" else {}
-            values |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-            run = Run(Settings(command, issue, **values), find_repo(Path()), console, signals)
-            run.given = given
+            run = Run(settings_of(given), find_repo(Path()), console, signals)
+            run.given = {k: v for k, v in given.items() if k not in ("command", "issue")}
             ending = supervise(run)
-        except (Refusal, OSError) as error:
-            ending = Ending("refused", reason_of(error, run))
-        except Interrupted as seen:
-            ending = Ending("interrupted", "ended by a signal", exit_code=128 + int(seen.args[0]))
+        except (Interrupted, Refusal, OSError) as error:
+            ending = stop(run, error)
         signals.shielded = True
         report = finish(run, ending)
     except Exception:  # noqa: BLE001  (the last resort)
-        import traceback
-
-        run.keep_folder, told = bool(run.turns), tempfile.mkstemp("-agent_runner-fault.txt")
-        os.write(told[0], traceback.format_exc().encode("utf-8", "replace"))
-        text = f"a fault in the program itself; its traceback is in {told[1]}"
-        ending = Ending("", text, exit_code=FAULT)
-        report = well_formed(build_report(run, ending, []), console.mask)
-        run.note("report.json", json.dumps(report, indent=2) + "\n")
-        console.say(f"\nFAULT (exit {FAULT}): {text}")
+        report = report_fault(run)
     finally:
         signals.shielded = True
         run.close()
-        if argv is None:
-            signals.restore()
+        if argv is None:  # all is told: nothing may change the exit status now
+            signals.watch(signal.SIG_IGN)
     if "--json" in words:
         with contextlib.suppress(OSError):
             print(json.dumps(report, indent=2).replace("##[", r"#\u0023["), flush=True)
     console.tell_runner(more=False)
-    return ending.status
+    return int(report["exit_code"])
+
+
+def settings_of(given: dict[str, Any]) -> Settings:
+    values: dict[str, Any] = {"attempts": 2} if given["command"] == "self-heal" else {}
+    values |= {"agent_timeout": 10.0} if given.get("simulate") == "hang" else {}
+    values |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return Settings(**values)
+
+
+def report_fault(run: Run) -> dict[str, Any]:
+    """Tell a fault in this program, and where its traceback is."""
+    import traceback
+
+    run.keep_folder = bool(run.turns)
+    handle, place = tempfile.mkstemp("-agent_runner-fault.txt")
+    os.write(handle, traceback.format_exc().encode("utf-8", "replace"))
+    text = f"a fault in the program itself; its traceback is in {place}"
+    told = build_report(run, Ending("", text, exit_code=FAULT), [])
+    report: dict[str, Any] = well_formed(told, run.console.mask)
+    run.note("report.json", json.dumps(report, indent=2) + "\n")
+    run.console.say(f"\nFAULT (exit {FAULT}): {text}")
+    return report
 
 
 def cli() -> int:
     """The console script: `main` where standard streams may be closed, or close on the way."""
-    number = 0
-    while number < 3:  # no file of ours must take the number of a closed one
-        number = os.open(os.devnull, os.O_RDWR)
-    os.close(number)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # no file of ours must take the number of a closed one
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
     try:
         return main()
     except Interrupted as seen:  # while a refusal was being told

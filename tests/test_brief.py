@@ -216,5 +216,5 @@ def test_repair_is_told_how_the_gate_fails_and_no_issue(broken: Repository, agen
     result = broken.run("self-heal", "--gate", "pytest -q", *QUICK[:2], "--json", agent=words)
     assert result.status == 0, result.err
     brief = broken.git("show", "agent/self-heal:brief.txt")
-    assert "1 test against it" in brief and "assert 5 == 6" in brief and "test_double" in brief
+    assert "1 test fails" in brief and "assert 5 == 6" in brief and "test_double" in brief
     assert "ISSUE" not in brief

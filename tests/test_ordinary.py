@@ -311,8 +311,9 @@ def test_command_that_is_red_from_before_can_be_left_out_as_printed(repo: Reposi
     red = drive(repo, EDIT, *keep, "--gate", "false")
     message = red.report["message"]
     assert red.status == 3 and "--gate-timeout 77" in message[message.index("self-heal") :]
-    printed = re.search(r"(--gate '.*?'+)\.", message)
-    assert printed and shlex.split(printed[1]) == ["--gate", CHEAP_GATE]
+    printed = shlex.split(message.partition("out of the gate: ")[2].partition(". To have")[0])
+    assert printed[2:] == ["issue-to-pr", "issue.md", *printed[4:]], message
+    assert "false" not in printed and CHEAP_GATE in printed and "--gate-timeout" in printed
 
 
 @pytest.mark.parametrize("command", ["issue-to-pr issue.md", "self-heal --attempts 3"])
