@@ -268,7 +268,7 @@ HIDDEN = r"(?P<comment><!--.*?(?:-->|\Z)|^ {0,3}\[[^\]\n]+\]:[ \t]*(?:#|<#?>)[ \
 CODE_OR_HIDDEN = re.compile(f"{FENCE}|{SPAN}|{HIDDEN}", re.DOTALL | re.MULTILINE)
 HIDDEN_ONLY = re.compile(HIDDEN, re.DOTALL | re.MULTILINE)
 RAW_HTML = re.compile(
-    r"^ {0,3}<(?!!--)|<(pre|script|style|textarea|\?|!(?!--))", re.I | re.MULTILINE
+    r"^ {0,3}<(?!!--)|<(pre|script|style|textarea|\?|!(?!--))", re.IGNORECASE | re.MULTILINE
 )
 
 
@@ -323,8 +323,8 @@ def read_issue(name: str) -> Issue:
     first = heading[1] if heading else text.strip().split("\n")[0]
     title = one_line(re.sub(r"[ \t]+#+$", "", first[:500].rstrip()), 120)  # a heading may be closed
     address = re.search(r"https?://[\w.-]+(?::\d+)?/[\w./-]+/issues/\d+", text)
-    own = re.match(r"(?:issue )?#(\d+)\b|.*\(#(\d+)\)$", title, re.I)
-    number = re.search(r"^number:[ \t]*(\d+)$", told[0], re.M) if told else own
+    own = re.match(r"(?:issue )?#(\d+)\b|.*\(#(\d+)\)$", title, re.IGNORECASE)
+    number = re.search(r"^number:[ \t]*(\d+)$", told[0], re.MULTILINE) if told else own
     reference = address[0] if address else f"#{number[number.lastindex or 0]}" if number else ""
     return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden, reference)
 
@@ -335,7 +335,7 @@ def slug_of(name: str) -> str:
 
     text = normalize("NFKD", name).encode("ascii", "ignore").decode()
     text = re.sub(r"[^A-Za-z0-9._-]+|\.{2,}", "-", text)[:60]
-    while text != (text := re.sub(r"\.lock$", "", text.strip("-._"), flags=re.I)):
+    while text != (text := re.sub(r"\.lock$", "", text.strip("-._"), flags=re.IGNORECASE)):
         pass
     return text or "issue"
 
@@ -445,7 +445,9 @@ def set_up(run: Run, clone: Clone) -> Check:
             return Check("setup", "", True, "passed")
     assert failed
     reason = f"--setup {failed.command!r} failed: {failed.reason}"
-    if re.search("read-only|EROFS|permission denied|externally-managed", failed.output, re.I):
+    if re.search(
+        "read-only|EROFS|permission denied|externally-managed", failed.output, re.IGNORECASE
+    ):
         reason += ". Your environment is not written; let it make its own: --setup "
         reason += "'python3 -m venv .venv' --setup '.venv/bin/python -m pip install pytest ruff'"
     return failed._replace(reason=reason, fault="setup")
@@ -1597,7 +1599,9 @@ def name_of(called: Any) -> str:
 
 
 def expects_error(node: Any) -> bool:
-    return any(re.search("raises|warns", name_of(item.context_expr), re.I) for item in node.items)
+    return any(
+        re.search("raises|warns", name_of(item.context_expr), re.IGNORECASE) for item in node.items
+    )
 
 
 def comparisons(body: Iterable[Any]) -> Iterator[list[Any]]:
@@ -1617,7 +1621,7 @@ def comparisons(body: Iterable[Any]) -> Iterator[list[Any]]:
                     if literal_in(test.left) and not literal_in(test.comparators[-1])
                     else test.comparators
                 )
-        elif re.search(r"close|equal$|assertIs$", name_of(test), re.I) and getattr(
+        elif re.search(r"close|equal$|assertIs$", name_of(test), re.IGNORECASE) and getattr(
             test, "args", None
         ):
             yield test.args  # type: ignore[union-attr]
@@ -1887,7 +1891,9 @@ def code_facts(
             new = [w for w in told_by if isinstance(w, str) and " " not in w and number in lines]
             for word in [w for w in new if w.encode("utf-8", "replace") not in old]:
                 for fact in [
-                    fact for pattern, fact in FACTS.items() if re.search(pattern, word, re.I)
+                    fact
+                    for pattern, fact in FACTS.items()
+                    if re.search(pattern, word, re.IGNORECASE)
                 ]:
                     told.setdefault(number, f"{one_line(word, 40)!r} {fact}")
             name = getattr(called, "id", "")
@@ -1959,7 +1965,7 @@ def commit_message(run: Run) -> str:
     if run.issue:
         text = f"{one_line(run.issue.title, 72)}\n\nFor the issue “{run.issue.title}”."
     text += f"\nMade by an agent under agent_runner {__version__}; review before merging.\n"
-    text = re.sub(r"\[(?=[^]\n]*\b(skip|no)\b[^]\n]*])", "(", text, flags=re.I)
+    text = re.sub(r"\[(?=[^]\n]*\b(skip|no)\b[^]\n]*])", "(", text, flags=re.IGNORECASE)
     return unreferenced(re.sub(r"@(?=\w)", "(at)", text))
 
 
@@ -1970,7 +1976,7 @@ def title_of(run: Run) -> str:
 def unreferenced(text: str) -> str:
     """The text without references to issues, which close them after a word like "fixes"."""
     text = re.sub(r"://(?=\S*/\d)", ":// ", text)
-    return re.sub(r"#(?=\d)|(?<!\w)GH-(?=\d)|!(?=\d)", "no. ", text, flags=re.I)
+    return re.sub(r"#(?=\d)|(?<!\w)GH-(?=\d)|!(?=\d)", "no. ", text, flags=re.IGNORECASE)
 
 
 def bring_commit(run: Run, commit: str, ref: str = "") -> None:
@@ -2066,19 +2072,27 @@ DIFF = ("diff-tree", "-p", "--binary", "--full-index")
 FORGES = {  # in the host's name -> its form, and its program's command
     "github": (
         "{web}/compare/{base}...{head}?expand=1&title={title}",
-        "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} "
-        "--body-file {body}",
+        (
+            "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} "
+            "--body-file {body}"
+        ),
     ),
     "gitlab": (
-        "{pushed}/-/merge_requests/new?merge_request[source_branch]={branch}"
-        "&merge_request[target_branch]={base}&merge_request[title]=Draft:%20{title}",
-        "glab mr create --draft --source-branch {branch} --target-branch {base} --title {title} "
-        '--description "$(cat {body})"',
+        (
+            "{pushed}/-/merge_requests/new?merge_request[source_branch]={branch}"
+            "&merge_request[target_branch]={base}&merge_request[title]=Draft:%20{title}"
+        ),
+        (
+            "glab mr create --draft --source-branch {branch} --target-branch {base} "
+            '--title {title} --description "$(cat {body})"'
+        ),
     ),
     "codeberg|forgejo|gitea": (
         "{web}/compare/{base}...{head}?title={title}",
-        "tea pr create --head {head} --base {base} --title 'WIP: '{title} "
-        '--description "$(cat {body})"',
+        (
+            "tea pr create --head {head} --base {base} --title 'WIP: '{title} "
+            '--description "$(cat {body})"'
+        ),
     ),
 }
 
@@ -2086,9 +2100,7 @@ FORGES = {  # in the host's name -> its form, and its program's command
 def web_address(address: str) -> str:
     """The https address of a repository from its remote's; "" where it is none of a forge's."""
     address = re.sub(r"^(?:[^@/:]+@)?([\w-]+(\.[\w-]+)+):(?!/)", r"ssh://\1/", address)  # scp-like
-    host = (
-        r"(?:(?:alt)?ssh\.(?=git(?:hub|lab)\.com\b))?([^/:\s]+)"  # which take SSH on another port
-    )
+    host = r"(?:(?:alt)?ssh\.(?=git(?:hub|lab)\.com\b))?([^/:\s]+)"  # SSH by another port too
     match = re.match(rf"(https?|ssh|git)://(?:[^@/]*@)?{host}(:\d+)?/+([^/\s]\S*)$", address)
     if not match:
         return ""
@@ -2124,9 +2136,9 @@ def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     values = {"web": web, "pushed": pushed, "repo": repo, "branch": branch, "head": head}
     values |= {"base": base, "title": title_of(run), "body": f"{run.record}/pr.md"}
     form, words = FORGES["gitlab"] if (run.repo.top / ".gitlab-ci.yml").exists() else ("", "")
-    for name in FORGES:
-        if re.match(f"[^/]*({name})", repo, re.I):
-            form, words = FORGES[name]
+    for name, known in FORGES.items():
+        if re.match(f"[^/]*({name})", repo, re.IGNORECASE):
+            form, words = known
     if words and shutil.which(words.split()[0]):
         return [push, ("open a draft", words.format(**{k: q(v) for k, v in values.items()}))]
     form = form.format(**{k: quote(v, safe=":/") for k, v in values.items()}) or web
@@ -3238,8 +3250,11 @@ class GitError(Refusal):
 
 SAFE_CONFIG = {
     **dict.fromkeys(("core.fsmonitor", "core.quotePath", "submodule.recurse"), "false"),
-    **{"core.hooksPath": os.devnull, "transfer.fsckObjects": "false", "safe.directory": "*"},
-    **{"protocol.file.allow": "always", "checkout.workers": "0"},
+    "core.hooksPath": os.devnull,
+    "transfer.fsckObjects": "false",
+    "safe.directory": "*",
+    "protocol.file.allow": "always",
+    "checkout.workers": "0",
 }
 CONVERSIONS = r"core\.(autocrlf|eol)$|filter\.|lfs\."
 OURS = (  # of the user's configuration: what says how files are read and commits are signed
@@ -3249,9 +3264,15 @@ OURS = (  # of the user's configuration: what says how files are read and commit
 FROZEN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 IDENTITY = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
 GIT_ENV = {
-    **{"GIT_NO_REPLACE_OBJECTS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
-    **{"GIT_ASKPASS": "", "SSH_ASKPASS_REQUIRE": "never", "GPG_TTY": "", "LC_ALL": "C"},
-    **{"GIT_TERMINAL_PROMPT": "0", "GIT_GRAFT_FILE": "/dev/null/none"},
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_ASKPASS": "",
+    "SSH_ASKPASS_REQUIRE": "never",
+    "GPG_TTY": "",
+    "LC_ALL": "C",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_GRAFT_FILE": "/dev/null/none",
 }
 
 
@@ -3305,7 +3326,9 @@ class Git:
     def commit(self, tree: str, parent: str | None, message: str, *, sign: bool = False) -> str:
         """Make a commit; signed where that is configured and works without asking."""
         words = ("commit-tree", tree, *(("-p", parent) if parent else ()))
-        if sign and re.match("(true|1|yes|on)$", self.config.get("commit.gpgsign", ""), re.I):
+        if sign and re.match(
+            "(true|1|yes|on)$", self.config.get("commit.gpgsign", ""), re.IGNORECASE
+        ):
             try:
                 return self(*words, "-S", stdin=message.encode(), limit=10).strip()
             except GitError as error:
@@ -3370,7 +3393,7 @@ def private_git(run: Run) -> Git:
     write_git_dir(folder, texts)
     config |= {"core.excludesfile": os.devnull, "core.attributesfile": str(folder / "attributes")}
     made = Git(f"--git-dir={folder}", config=config, **FROZEN, **repo.identity)
-    borrowed = re.findall("^alternate: (.*)", made("count-objects", "-v"), re.M)
+    borrowed = re.findall("^alternate: (.*)", made("count-objects", "-v"), re.MULTILINE)
     made.dir, made.objects = folder, [folder / "objects", *map(Path, borrowed)]
     return made
 
@@ -3420,7 +3443,7 @@ def read_config(run: Run) -> None:
     run.repo = repo._replace(config=config, hooks=repo.top / hooks)
     if (common / "worktrees").is_dir():
         listed = run.git("worktree", "list", "--porcelain")
-        found = re.findall(r"^worktree (.+)(?:\nHEAD .*\nbranch (.*))?", listed, re.M)
+        found = re.findall(r"^worktree (.+)(?:\nHEAD .*\nbranch (.*))?", listed, re.MULTILINE)
         run.work_trees = {Path(path): ref for path, ref in found if Path(path) != repo.top}
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import PROGRAM, ROOT, Repository, needs_bwrap
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
