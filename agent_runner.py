@@ -2195,14 +2195,14 @@ def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]
     if fail := sum(outcome != "passed" for outcome in contradicted):
         total = f"{fail} of {len(contradicted)} new or mended tests"
         shown.append(("✓", f"{total} fail once they are told to expect something else"))
-    shown += [("✓", check_text(check)) for check in verdict.checks if check.passed]
-    if run.before and not run.moved:
-        shown.append(("✓", "your branches, tags, configuration and hooks are as they were"))
+    checks = [("✓" if c.passed else "✗", check_text(c)) for c in verdict.checks]
+    if checks and run.before and not run.moved:
+        checks.append(("✓", "your branches, tags, configuration and hooks are as they were"))
     notes = [("note:", note) for note in (*verdict.notes, *run.mentions)]
     sections = [
         ("Files", sorted(files, key=lambda row: row[0] != "added" or "/" in row[1])),  # leftovers
         ("Look at this first", [row for row in told if row[0] != "·"]),
-        ("What was shown", shown if ending.outcome == "proposed" else []),
+        ("What was shown", shown + checks if ending.outcome == "proposed" else checks),
         ("Also", [row for row in told if row[0] == "·"] + notes),
         (
             "What changed of yours; if that was not you, these commands undo it",
