@@ -37,11 +37,8 @@ class Bench:
         self.folder, self.sandbox, self.rounds = folder, sandbox, rounds
         self.home = folder / "home"
         self.home.mkdir()
-        keep = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("GIT_", "AGENT_", "XDG_", "PYTHON"))
-        }
+        odd = ("GIT_", "AGENT_", "XDG_", "PYTHON")
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(odd)}
         self.env = keep | {"HOME": str(self.home), "GIT_CONFIG_NOSYSTEM": "1", "NO_COLOR": "1"}
         self.env["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), self.env["PATH"]))
 
@@ -51,9 +48,8 @@ class Bench:
         done = subprocess.run(words, cwd=cwd, env=self.env | (env or {}), capture_output=True)
         seconds = time.perf_counter() - started
         if done.returncode != 0:
-            raise SystemExit(
-                f"{shlex.join(map(str, words))} failed:\n{(done.stdout + done.stderr).decode()}"
-            )
+            said = (done.stdout + done.stderr).decode()
+            raise SystemExit(f"{shlex.join(map(str, words))} failed:\n{said}")
         return seconds
 
     def run(
@@ -61,9 +57,8 @@ class Bench:
     ) -> float:
         """One run of the program, on a repository that is as before once it is over."""
         options = ("issue-to-pr", "issue.md", "--no-switch", "--sandbox", self.sandbox)
-        seconds = self.call(
-            sys.executable, *before, PROGRAM, *options, *words, cwd=repo, env={"AGENT_CMD": agent}
-        )
+        call = (sys.executable, *before, PROGRAM, *options, *words)
+        seconds = self.call(*call, cwd=repo, env={"AGENT_CMD": agent})
         self.call("git", "branch", "-q", "-D", "agent/issue", cwd=repo)
         return seconds
 
@@ -74,23 +69,26 @@ class Bench:
             return path
         path.mkdir()
         (path / "calc.py").write_text("def double(x):\n    return x * 2\n")
-        (path / "test_calc.py").write_text(
-            "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n"
-        )
+        test = "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n"
+        (path / "test_calc.py").write_text(test)
         (path / "issue.md").write_text("# Triple a number\n\n`triple(x)` returns three times x.\n")
         for number in range(files):
             file = path / f"data/{number // 10_000}/{number // 100}/{number}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{number}\n" * 150)
-        for words in (
-            ["init", "-q", "-b", "main"],
-            ["config", "user.name", "Ada"],
-            ["config", "user.email", "ada@x.invalid"],
-        ):
-            self.call("git", *words, cwd=path)
-        self.call("git", "add", "-A", cwd=path)
-        self.call("git", "commit", "-q", "-m", "start", cwd=path)
+        self.call("git", "init", "-q", "-b", "main", cwd=path)
+        self.call("git", "config", "user.name", "Ada", cwd=path)
+        self.call("git", "config", "user.email", "ada@x.invalid", cwd=path)
+        self.commit(path)
         return path
+
+    def commit(self, repo: Path) -> None:
+        self.call("git", "add", "-A", cwd=repo)
+        self.call("git", "commit", "-q", "-m", "as it is", cwd=repo)
+
+
+def bare_gate(bench: Bench, repo: Path) -> float:
+    return sum(bench.call(*w.split(), cwd=repo) for w in ("ruff check .", "pytest -q"))
 
 
 def beside_bare_gate(bench: Bench) -> list[list[str]]:
@@ -98,7 +96,7 @@ def beside_bare_gate(bench: Bench) -> list[list[str]]:
     repo, bare, ours = bench.repository(0), [], []
     bench.run(repo, "--simulate", "good")  # remembers the baseline
     for _ in range(bench.rounds):
-        bare.append(sum(bench.call(*w.split(), cwd=repo) for w in ("ruff check .", "pytest -q")))
+        bare.append(bare_gate(bench, repo))
         ours.append(bench.run(repo, "--simulate", "good"))
     return [row("run / bare gate, small repository", median(ours), median(bare), "2.0")]
 
@@ -107,22 +105,16 @@ def beside_long_gate(bench: Bench) -> list[list[str]]:
     """The same with a gate of ten seconds: a change of code, and a change of code and its test."""
     repo, rows = bench.repository(0), []
     (repo / "test_long.py").write_text("import time\n\n\ndef test_long():\n    time.sleep(10)\n")
-    bench.call("git", "add", "-A", cwd=repo)
-    bench.call("git", "commit", "-q", "-m", "a long test", cwd=repo)
+    bench.commit(repo)
     code = "open('calc.py', 'a').write('\\n\\ndef triple(x):\\n    return x * 3\\n')"
-    test = (
-        "open('test_calc.py', 'a').write('\\n\\ndef test_more():\\n    assert double(4) == 8\\n')"
-    )
+    more = "\\n\\ndef test_more():\\n    assert double(4) == 8\\n"
+    test = f"open('test_calc.py', 'a').write('{more}')"
     bench.run(repo, agent=shlex.join([sys.executable, "-S", "-c", code]))
-    for name, text, aim in (
-        ("", code, "1.03"),
-        (", with a change to tests", f"{code};{test}", "1.15"),
-    ):
+    cases = [("", code, "1.03"), (", with a change to tests", f"{code};{test}", "1.15")]
+    for name, text, aim in cases:
         bare, ours = [], []
         for _ in range(max(1, bench.rounds // 5)):
-            bare.append(
-                sum(bench.call(*w.split(), cwd=repo) for w in ("ruff check .", "pytest -q"))
-            )
+            bare.append(bare_gate(bench, repo))
             ours.append(bench.run(repo, agent=shlex.join([sys.executable, "-S", "-c", text])))
         rows.append(row(f"run / gate of ten seconds{name}", median(ours), median(bare), aim))
     bench.call("git", "reset", "-q", "--hard", "HEAD^", cwd=repo)
@@ -154,9 +146,8 @@ def memory_in_a_flood(bench: Bench) -> list[list[str]]:
     text += "open('new.txt', 'w').write('new')"
     agent, file = shlex.join([sys.executable, "-S", "-c", text]), bench.folder / "peak"
     repo = bench.repository(0)
-    seconds = bench.run(
-        repo, "--no-baseline", "--gate", "true", agent=agent, before=("-c", PEAK, file)
-    )
+    words = (repo, "--no-baseline", "--gate", "true")
+    seconds = bench.run(*words, agent=agent, before=("-c", PEAK, file))
     peak = f"{int(file.read_text()) / 1000:.0f} MB"
     return [["peak memory in a flood of 1 GB", peak, f"{seconds:.1f} s", "", "50 MB"]]
 
@@ -166,20 +157,14 @@ def row(name: str, ours: float, bare: float, aim: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, and no repository of 100,000 files"
-    )
-    parser.add_argument(
-        "--sandbox",
-        choices=("auto", "off", "require"),
-        default="auto",
-        help="the guard's kernel level",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    quick = "fewer rounds, and no repository of 100,000 files"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    levels = ("auto", "off", "require")
+    parser.add_argument("--sandbox", choices=levels, default="auto", help="the kernel level")
     args = parser.parse_args()
-    sizes = (100, 10_000) if args.quick else (100, 10_000, 100_000)
+    sizes = (100, 10_000, 100_000)[: 2 if args.quick else 3]
     rows = [["what", "ours", "bare", "ratio", "aim"]]
     with tempfile.TemporaryDirectory(prefix="agent_runner-benchmark-") as folder:
         bench = Bench(Path(folder).resolve(), sandbox=args.sandbox, rounds=5 if args.quick else 15)
@@ -188,9 +173,7 @@ def main() -> None:
         rows += memory_in_a_flood(bench) + beside_long_gate(bench)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for line in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 if __name__ == "__main__":

@@ -37,11 +37,7 @@ THEIRS = (
     *("GIT_", "AGENT_", "XDG_", "GH_", "GITHUB_", "GITLAB_", "GITEA_", "FORGEJO_", "ACTIONS_"),
     *("CI_", "PYTEST_ADDOPTS", "VIRTUAL_ENV", "UV_"),
 )
-ENVIRON = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(THEIRS) and name != "CI"
-} | {
+ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith(THEIRS) and k != "CI"} | {
     "GIT_CONFIG_NOSYSTEM": "1",
     "LC_ALL": "C.UTF-8",
     "NO_COLOR": "1",
@@ -123,34 +119,21 @@ class Repository:
         }
         start = ["-c", STARTER] if program == PROGRAM else [str(program)]
         argv = [*under, sys.executable, *start, *words]
+        place, given = self.path / cwd, stdin.encode()
         done = subprocess.run(
-            argv,
-            cwd=self.path / cwd,
-            env=environ,
-            capture_output=True,
-            input=stdin.encode(),
-            timeout=120,
+            argv, cwd=place, env=environ, capture_output=True, input=given, timeout=120
         )
-        return Result(
-            done.returncode,
-            done.stdout.decode("utf-8", "replace"),
-            done.stderr.decode("utf-8", "replace"),
-        )
+        out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
+        return Result(done.returncode, out, err)
 
     def state(self) -> dict[str, str]:
         """All that a run must leave alone: refs, HEAD, index, configuration, hooks, and each file.
 
         Refs and records of the program's own (`agent/…`, `refs/agent-runner/…`) are left out.
         """
-        refs = [
-            line
-            for line in self.git("show-ref", "--head", check=False).splitlines()
-            if "agent-runner/" not in line
-        ]
-        found = {
-            "refs": "\n".join(refs),
-            "HEAD": self.git("symbolic-ref", "-q", "HEAD", check=False),
-        }
+        refs = self.git("show-ref", "--head", check=False).splitlines()
+        found = {"refs": "\n".join(line for line in refs if "agent-runner/" not in line)}
+        found["HEAD"] = self.git("symbolic-ref", "-q", "HEAD", check=False)
         found["index"] = self.git("ls-files", "-s", "-v")
         found["stash"] = self.git("stash", "list")
         for file in sorted(self.path.rglob("*")):
