@@ -2252,7 +2252,7 @@ def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list
     if steps:
         yours = ending.outcome == "proposed"
         lines += ["", "It is yours now:" if yours else "The agent's work is kept:"]
-        lines += [f"  {what + ':':14} {command}" for what, command in steps]
+        lines += [f"  {what + ':':15} {command}" for what, command in steps]
     text = f" (the text for the pull request: {run.record}/pr.md)" if ending.branch else ""
     return lines + (["", f"Record: {run.record}{text}"] if run.record else [])
 
@@ -3700,6 +3700,10 @@ class Console:
         self.in_runner = "true" in map(os.environ.get, forges)
         self.lock = threading.Lock()
 
+    def columns(self) -> int:
+        """Of the terminal; Python 3.10 passes on the 0 of one that does not know its size."""
+        return max(shutil.get_terminal_size().columns or 80, 40) - 1
+
     def mask(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "[withheld]")
@@ -3709,12 +3713,14 @@ class Console:
         """Print lines, wrapped on a terminal, each piece with its line's prefix."""
         text = self.mask(text)
         if self.live:
-            from textwrap import wrap
+            from textwrap import TextWrapper
 
-            columns, lines = shutil.get_terminal_size().columns - 1, list[str]()
+            fill, lines = TextWrapper(self.columns(), break_on_hyphens=False), list[str]()
             for line in text.split("\n"):
-                prefix = re.findall(r"^(?:  (?:\w+ )?│ | *)", line)[0]
-                lines += wrap(line, columns, subsequent_indent=prefix) or [line]
+                fill.subsequent_indent = re.findall(r"^(?:  (?:\w+ )?│ | *)", line)[0]
+                fill.break_long_words = "│" in fill.subsequent_indent  # foreign text stays prefixed
+                whole = re.match(r"  [\w ]+:  |    ", line)  # a command, to be pasted as one line
+                lines += ([] if whole else fill.wrap(line)) or [line]
             text = "\n".join(lines)
         bold = bold and self.live and not os.environ.get("NO_COLOR")
         self.write(f"\x1b[1m{text}\x1b[0m\n" if bold else f"{text}\n")
@@ -3743,8 +3749,8 @@ class Console:
         """On a terminal, show in place how long it has taken and the agent's latest line."""
         if self.live and self.began:
             minutes, past = divmod(int(time.monotonic() - self.began), 60)
-            columns = shutil.get_terminal_size().columns - 1
-            status = one_line(self.mask(f"{minutes}:{past:02} {self.latest}"), columns // 2)
+            latest = self.mask(f"{minutes}:{past:02} {self.latest}")
+            status = one_line(latest, self.columns() // 2)
             if status != self.status:
                 self.write("", status)
 

@@ -157,10 +157,8 @@ def small_app(path: Path) -> Repository:
     made.git("config", "user.name", "Ada")
     made.git("config", "user.email", "ada@example.invalid")
     made.write("calc.py", "def double(x):\n    return x * 2\n")
-    made.write(
-        "test_calc.py",
-        "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n",
-    )
+    test = "from calc import double\n\n\ndef test_double():\n    assert double(3) == 6\n"
+    made.write("test_calc.py", test)
     made.write("issue.md", "# Triple a number\n\n`triple(x)` in calc.py returns three times x.\n")
     made.commit("start")
     return made

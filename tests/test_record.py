@@ -300,3 +300,11 @@ def test_reader_that_goes_away_is_harmless(repo: Repository, agent: Any) -> None
     assert (repo.path.parent / "status").read_text() == "0\n", result.err
     assert repo.git("branch", "--show-current") == "agent/issue"
     assert "Traceback" not in result.err and "BrokenPipe" not in result.err
+
+
+def test_commands_stay_whole_on_a_narrow_terminal(repo: Repository, agent: Any) -> None:
+    pty = (sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])")
+    words, env = [word for word in ISSUE if word != "--json"], {"COLUMNS": "44"}
+    out = repo.run(*words, agent=agent(TRIPLE), env=env, under=pty).out.replace("\r", "")
+    assert "\n  drop it:        git switch main && git branch -D agent/issue\n" in out
+    assert "\nthing to look at first; the change is one\n" in out
