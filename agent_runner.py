@@ -3130,9 +3130,9 @@ class Run:
             self.lock = lock_folder(self.folder)
         short = own_folder(Path(tempfile.gettempdir(), f"ar-{os.getuid()}")) or self.folder
         self.tmp = short / f"t{self.folder.name}"
-        self.tmp.mkdir()
         told = [str(self.repo.top), self.title, str(self.tmp)]
         (self.folder / "run.json").write_text(json.dumps(told))
+        self.tmp.mkdir()
         self.private = private_git(self)
         if self.repo.common_dir:  # as the user's configuration was before the agent
             self.git = Git("-C", str(self.repo.top), config=self.private.config, **FROZEN)
@@ -3211,16 +3211,23 @@ class Run:
 
 def killed_runs(run: Run) -> Iterator[str]:
     """What killed runs of this repository have left, and how to look at it and remove it."""
-    for note in sorted(cache_root(run.repo.top).glob("*/run.json")):
-        if lock := lock_folder(note.parent):
-            with lock, contextlib.suppress(OSError, ValueError):
-                top, title, tmp = json.loads(note.read_text())
-                place, how = note.parent / "workspace" / run.repo.top.name, "To remove what it left"
+    root = cache_root(run.repo.top)
+    with lock_folder(root, wait=True):  # none is being made meanwhile
+        for folder in sorted(file.parent for file in root.glob("*/lock")):
+            if not (lock := lock_folder(folder)):
+                continue
+            with lock:
+                try:
+                    top, title, tmp = json.loads((folder / "run.json").read_text())
+                except (OSError, ValueError):  # it was killed before it had begun
+                    remove_folder(folder)
+                    continue
+                place, how = folder / "workspace" / run.repo.top.name, "To remove what it left"
                 if (place / ".git/index").exists():
                     look = shlex.join(["git", "-C", str(place), "status"])
                     how = f"To look at it: {look}; to remove it"
                 if top == str(run.repo.top):
-                    remove = shlex.join(["rm", "-rf", str(note.parent), tmp])
+                    remove = shlex.join(["rm", "-rf", str(folder), tmp])
                     yield f"a run was killed ({one_line(title, 60)}). {how}: {remove}"
 
 
