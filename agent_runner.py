@@ -1063,6 +1063,8 @@ def weigh(
     for name, outcome in now.items():
         if outcome in BAD and (run.is_repair or before.get(name) not in BAD):
             against[name] = BECAME[outcome]
+    if any("::" not in name and how == "cannot run" for name, how in against.items()):
+        against = {n: how for n, how in against.items() if how != "is gone"}  # none was run
     red = [name for name, outcome in now.items() if outcome in BAD and name not in against]
     notes = [f"{name} is red, as it was before the change" for name in red[:5]]
     if not against and (check.passed or (check.fault == "tests" and red)):
@@ -1074,6 +1076,8 @@ def weigh(
         if {*against.values()} <= {"fails"}:
             names = ", ".join(list(against)[:5])
             reason = f"{len(against)} test{'s fail' if len(against) > 1 else ' fails'}: {names}"
+        if commit != run.base and (lacks := re.search(r"No module named '(\w+)", check.output)):
+            reason += f". If {lacks[1]} is a new dependency, install it: --setup 'pip install -e .'"
         fault = fault or "tests"
     return check._replace(passed=False, reason=reason, fault=fault), against, notes
 
@@ -1307,7 +1311,8 @@ def make_plan(run: Run, change: Change) -> Plan:
                 plan.settings.add(path)
             elif is_judges(run, path):
                 (plan.added if is_new else plan.edited).add(path)
-        if file.path in plan.added | plan.edited and file.path.endswith(".py"):
+        is_test = TEST_MODULE.search(file.path)  # one that --allow lets in is to bite, too
+        if (is_test or file.path in plan.added | plan.edited) and file.path.endswith(".py"):
             old = run.private.file(f"{run.base}:{file.old_path}") if file.status != "A" else b""
             before = {name: text for name, _, text in test_functions(old)}
             here = test_functions(run.private.file(f"{change.tree}:{file.path}"))
@@ -1380,7 +1385,10 @@ def compare_with_base(
         text = f"decides the verdict{more}: with what the base has in its place, "
         text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
         return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
-    severity, text = "shown", "steers the checks and was changed; they are green without that, too."
+    severity, text = (
+        "shown",
+        "steers the checks and was changed; the base's tests are green without that, too.",
+    )
     if not verdict.is_green:
         severity, text = (
             "first",
@@ -1687,7 +1695,7 @@ def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
 
 def run_on_old_code(run: Run, change: Change, plan: Plan) -> Tests:
     """The new and edited tests on the old code, where they should fail: function -> outcome."""
-    changed = plan.edited | plan.added
+    changed = plan.edited | plan.added | ({file.path for file in change.files} & {*plan.biting})
     base, tests = run.private.tree_of(run.base), {path for path in plan.biting if path in changed}
     tree = with_paths_of(run.private, base, change.tree, changed | plan.settings)
     if tests or not any(TEST_MODULE.search(path) for path in changed):
@@ -2244,9 +2252,9 @@ def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list
             said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
             lines += [f"  agent │ {line}" for line in said[-10:]]
         for check in ending.verdict.checks if ending.verdict else ():
-            if not check.passed:
-                told = telling_lines(check.output).split("\n")
-                lines += ["", f"{check.name} is red:", *(f"  │ {line}" for line in told if line)]
+            if not check.passed and (told := telling_lines(check.output)):
+                lines += ["", f"{check.name} is red:"]
+                lines += [f"  │ {line}" for line in told.split("\n")]
     for title, rows in tell_story(run, ending):
         lines += ["", f"{title}:", *(f"  {mark} {text}" for mark, text in rows)]
     if steps:
@@ -4148,7 +4156,8 @@ def announce(run: Run, environment: str) -> None:
     lines += [f"running in {repo.prefix}, where the gate runs too"] if repo.prefix else []
     lines += [f"environment: {environment}"] if environment else []
     lines += [f"guard: {', '.join(run.levels)}", f"agent: {agent}"]
-    run.console.say(f"agent_runner {__version__}: {settings.command}: {run.title}", bold=True)
+    asked = f": {run.title}" if run.issue else ""
+    run.console.say(f"agent_runner {__version__}: {settings.command}{asked}", bold=True)
     for line in [*lines, *(f"note: {note}" for note in [*notes, *killed_runs(run)])]:
         run.console.say(f"  {line}")
 
