@@ -399,8 +399,8 @@ def test_what_only_new_tests_turn_green_is_rejected(bench: Bench, name: str) -> 
     assert turn.is_red and "decides the verdict" in turn.text
 
 
-def test_strict_rejects_what_only_a_new_test_turns_green(bench: Bench) -> None:
-    turn = bench.one("issue-to-pr --strict", TESTS_PATCH["module"])
+def test_issue_to_pr_rejects_what_only_a_new_test_turns_green(bench: Bench) -> None:
+    turn = bench.one("issue-to-pr", TESTS_PATCH["module"])
     assert turn.outcome == "rejected" and "decides the verdict" in turn.text
 
 
@@ -600,6 +600,7 @@ def double(x):
 ASSERTED = (
     *('double(3) == 6, "six"', "double(3) == 6  # six", 'f"{double(3)}" == f"{3 + 3}"'),
     *('str(double(3)) == "6"', "double(1.5) == pytest.approx(3.0)", 'double("") is None'),
+    *("double(0) == pytest.approx(0, abs=1)", "double(3) == 6 and double(0) == 0"),
     *("double(1.5) == pytest.approx(3.0, abs=0.1)", 'bytes([double(3)]) == b"\\x06"'),
     *("(double(3) == 6) is True", "not double(0)", "double(3) in (6,)", "double(3) != 5"),
     *("double(3) >= 6", "5 < double(3) == 6", "double(-3) == -6", "double(0) == 0"),
@@ -639,6 +640,9 @@ def test_parameters(x, y):
     assert double(x) == y
 def test_loop():
     for n in (3, 3): assert double(n) == 6
+def test_loop_that_is_empty():
+    assert double(3) != 5
+    for n in [double(3)][1:]: assert n == 6
 class TestUnit(unittest.TestCase):
     def test_equal(self):
         self.assertEqual(double(3), 6)
@@ -684,7 +688,7 @@ def test_new_test_that_passes_without_the_change_is_told(bench: Bench) -> None:
     assert "test_vain" in turn.pr and "test_triple" in turn.pr
 
 
-UNSEEN = {**TESTS_PATCH["module"], "new/test_triple.py": TRIPLE_TEST}
+UNSEEN: Files = {"calc.py": TRIPLE, "new/test_triple.py": TRIPLE_TEST}
 
 
 @pytest.mark.parametrize("change", [{"calc.py": CALC + "\n# note"}, UNSEEN], ids=["note", "tests"])
