@@ -2178,6 +2178,8 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
             drop = f"git switch {back} && {drop}"
         planted = run.settings.simulate and run.is_repair  # with the red build: not for a remote
         steps = [] if planted else proposal_commands(run, ending.branch)
+        if run.kept:  # what was put back, too
+            steps.insert(0, ("with the rest", f"git show {run.kept}"))
         return [look, *steps, ("drop it", drop)]
     if run.kept:
         take = f"git switch -c {q(free_branch(run, f'my-{run.slug}'))} {ref}"
