@@ -1205,7 +1205,7 @@ def remedies(run: Run, check: Check) -> str:
     if others and not check.tests:
         without = command_line(run, run.settings.command, gate=others)
         parts.append(f"To leave {check.name} out of the gate: {without}.")
-    if not run.settings.simulate:
+    if not run.settings.simulate and not run.is_repair:
         parts.append(f"To have the base mended first: {command_line(run, 'self-heal')}")
     return " ".join(parts)
 
@@ -1770,12 +1770,9 @@ def show_bite(
             text = "is a new test file that no gate command ran."
             found.append(Finding("no-proof", path, None, "first", text))
     if not shows and not run.is_repair:
-        judged = plan.added | plan.edited | plan.settings
-        why = (
-            "what it changes among the tests was not run without it"
-            if judged
-            else "no test fails without it"
-        )
+        why = "no test fails without it"
+        if plan.added or plan.edited:
+            why = "what it changes among the tests was not run without it"
         why = "what its tests say without it was not seen" if plan.biting else why
         why = "its tests pass without it, too" if tried else why
         if run.baseline is None and not plan.biting:
