@@ -1385,18 +1385,12 @@ def compare_with_base(
         text = f"decides the verdict{more}: with what the base has in its place, "
         text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
         return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
-    severity, text = (
-        "shown",
-        "steers the checks and was changed; the base's tests are green without that, too.",
-    )
-    if not verdict.is_green:
-        severity, text = (
-            "first",
-            "steers the checks and was changed: see whether that made them red.",
-        )
-    return findings + [
-        Finding("judge-changed", p, None, severity, text) for p in sorted(plan.settings)
-    ]
+    severity, text = "first", "steers the checks and was changed: see whether that made them red."
+    if verdict.is_green:
+        severity = "shown"
+        text = "steers the checks and was changed; the base's tests are green without that, too."
+    steer = sorted(plan.settings)
+    return findings + [Finding("judge-changed", p, None, severity, text) for p in steer]
 
 
 def unlike_base(run: Run, tree: str) -> dict[str, Any]:
@@ -1674,29 +1668,21 @@ def opposite(value: Any, tolerant: bool) -> Any:
     return far if far != value else 0  # infinity
 
 
+# The options of pytest that say how it runs, not what: these the twins need, too.
+HOW = ("-c", "-p", "-o", "-W", "--config-file", "--override-ini", "--rootdir", "--import-mode")
+
+
 def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
     """The outcome of each test function in some files of a tree; empty where they cannot be run.
 
     It has a limit of its own, since a new test may hang on the old code.
     """
-    takes = (
-        "-c",
-        "--config-file",
-        "-p",
-        "-o",
-        "--override-ini",
-        "-W",
-        "--rootdir",
-        "--import-mode",
-    )
     for words in run.commands if files else ():
         end = pytest_word(words)
         if end is None:
             continue
-        pairs = zip(
-            words[end:], words[end + 1 :], strict=False
-        )  # the options that say how, not what
-        how = [word for before, word in pairs if word.startswith(takes) or before in takes]
+        pairs = zip(words[end:], words[end + 1 :], strict=False)
+        how = [word for before, word in pairs if word.startswith(HOW) or before in HOW]
         places = sorted("./" + os.path.relpath(file, run.repo.prefix or ".") for file in files)
         options = ("--continue-on-collection-errors", "--maxfail=0")
         argv = [*words[: end + 1], "-q", *how, *options, *places]
@@ -1729,35 +1715,28 @@ def new_on_old(run: Run, plan: Plan, told: Tests, passed: set[str], edited: set[
     return {name: told.get(name, "could not run") for name in ran} | red
 
 
+PROSE = (".md", ".rst", ".txt", ".cfg", ".toml", ".ini", ".yml", ".yaml", ".json", ".csv", ".xml")
+
+
 def show_bite(
     run: Run, change: Change, plan: Plan, proof: dict[str, Tests], passed: set[str]
 ) -> list[Finding]:
-    """Tests whose green means nothing; and a change that no test shows."""
+    """Tests whose green means nothing; and what no test shows."""
     severity, found = "rejects" if run.is_repair else "first", []
     for name in [name for name, outcome in proof["contradicted"].items() if outcome == "passed"]:
-        text = (
-            f"{name.partition('::')[2]} passes even when it is told to expect the opposite, so its"
-        )
-        text += " green shows nothing. See what it asserts, and what the code does to the tests."
+        text = f"{name.partition('::')[2]} passes even when it is told to expect the opposite, so "
+        text += "its green shows nothing. See what it asserts, and what the code does to the tests."
         found.append(Finding("no-bite", file_of(name), None, severity, text))
-    prose = (
-        ".md",
-        ".rst",
-        ".txt",
-        ".cfg",
-        ".toml",
-        ".ini",
-        ".yml",
-        ".yaml",
-        ".json",
-        ".csv",
-        ".xml",
-    )
-    has_code = any(not file.path.endswith(prose) for file in change.files)
+    has_code = any(not file.path.endswith(PROSE) for file in change.files)
     if run.is_repair and not has_code:
         text = "no code was changed, only data or settings: see that this mends the cause."
         found.append(Finding("no-code", "", None, "first", text))
-    tried = proof["new_on_old"]
+    return found + unshown(run, plan, proof["new_on_old"], passed, has_code)
+
+
+def unshown(run: Run, plan: Plan, tried: Tests, passed: set[str], has_code: bool) -> list[Finding]:
+    """New tests that show nothing of the change, or were not run; a change that no test shows."""
+    found: list[Finding] = []
     useless = sorted(name for name, outcome in tried.items() if outcome == "passed")
     shows = len(useless) < len(tried)
     for path in sorted({file_of(name) for name in useless}) if shows else ():

@@ -480,7 +480,7 @@ def test_edited_tests_of_changed_code_are_shown_first(bench: Bench, strict: Iter
     wanted = {("test-changed", f"test_{name}.py") for name in "abc"}
     assert found >= wanted | {("test-changed", "tests/helpers.py")}
     assert turn.report["proof"]["old_on_new"]["test_a.py::test_one"] == "failed"
-    assert strict or all(f"test_{n}.py" in turn.pr.split("## Evidence")[0] for n in "abcd")
+    assert strict or all(f"test_{n}.py" in turn.pr.split("## What was shown")[0] for n in "abcd")
 
 
 SUPERVISORS = (
@@ -588,7 +588,7 @@ def test_issue_to_pr_shows_green_that_means_nothing_first(bench: Bench) -> None:
     new: Files = {"test_new.py": TEST.replace("== 6", "== 60")}
     turn = bench.one("issue-to-pr", {**LIARS["equals_everything"], **new})
     assert turn.outcome == "proposed" and ("no-bite", "test_new.py") in turn.found("first")
-    assert "opposite" in turn.pr.split("## Evidence")[0]
+    assert "opposite" in turn.pr.split("## What was shown")[0]
 
 
 GOOD = """\
@@ -697,7 +697,7 @@ def test_change_that_no_test_shows_says_so_first(bench: Bench, change: Files) ->
     assert turn.outcome == "proposed" and NO_PROOF in turn.found("first")
     assert (("no-proof", "new/test_triple.py") in turn.found("first")) == (change == UNSEEN)
     says = "no test shows what this change does"
-    assert says in turn.text and says in turn.pr.split("## Evidence")[0]
+    assert says in turn.text and says in turn.pr.split("## What was shown")[0]
 
 
 def test_without_a_baseline_nothing_is_claimed_that_was_not_run(bench: Bench) -> None:
