@@ -40,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,12 +78,18 @@ class Settings(NamedTuple):
     """The command line, parsed."""
 
     command: str
-    issue: str = ""
+    issue: tuple[str, ...] = ()
     simulate: str | None = None
     attempts: int = 1
     gate: tuple[str, ...] = DEFAULT_GATE
     agent_timeout: float = 1800.0
     gate_timeout: float = 600.0
+    budget: float | None = None  # seconds
+    holdout: tuple[str, ...] = ()
+    log: str | None = None
+    continued: str | None = None  # a run; "" is the last one
+    note: str | None = None
+    jobs: int = 2
     base: str | None = None
     setup: tuple[str, ...] = ()
     carry: tuple[str, ...] = ()
@@ -212,9 +218,9 @@ class Ending(NamedTuple):
 def issue_to_pr(run: Run) -> Ending:
     """From an issue to a proposal. The gate judges the base while the agent works."""
     make_workspace(run)
-    verdict: Verdict | None = None
+    verdict = earlier_verdict(run)
     with judging_base(run) as wait_for_baseline:
-        for number in range(1, run.settings.attempts + 1):
+        for number in turns_left(run):
             turn = take_turn(run, number, verdict)
             run.baseline = wait_for_baseline()
             if reason := cannot_judge(run, run.baseline):
@@ -239,16 +245,20 @@ def self_heal(run: Run) -> Ending:
         return hand_over(run, "gave-up", message, verdict)
     if verdict.is_green:
         message = "the gate is green at the base; there is nothing to repair"
+        if run.log:
+            message += ". What the log shows is no part of this gate: name its command with --gate"
         return hand_over(run, "already-green", message, verdict)
     if reason := cannot_judge(run, verdict):
         return hand_over(run, "refused", reason, verdict)
-    for number in range(1, run.settings.attempts + 1):
+    verdict = earlier_verdict(run) or verdict
+    for number in turns_left(run):
         turn = take_turn(run, number, verdict)
         if turn.idle:
             message = f"{turn.failed} in attempt {number}; handed to a person"
             return hand_over(run, "gave-up", message, verdict)
         if turn.failed or turn.change is None:
-            return hand_over(run, "agent-failed", turn.failed)
+            outcome = "gave-up" if budget_left(run) <= 0 else "agent-failed"
+            return hand_over(run, outcome, turn.failed)
         verdict = judge_change(run, turn.change)
         if verdict.is_green:
             return propose_pr(run, turn.change, verdict)
@@ -302,17 +312,29 @@ def as_text(data: bytes, what: str) -> str:
     raise Refusal(f"{what} is not UTF-8 text; save it as UTF-8.")
 
 
-def read_issue(name: str) -> Issue:
-    """Read an issue from a file, or from standard input for `-`; UTF-8, at most 1 MiB."""
-    what = "the issue on standard input" if name == "-" else f"the issue {name!r}"
+def read_input(name: str, what: str) -> bytes:
+    """What a file holds, or standard input for `-`."""
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as handle:
-            data = handle.read(ISSUE_LIMIT + 1)
+            return handle.read(64 * ISSUE_LIMIT)  # a log may be long
     except OSError as error:
-        remedy = "give the path of a Markdown file, or - for standard input"
-        if re.fullmatch(r"#?\d+|https?://\S+", name):
-            remedy = f"try: gh issue view {name.strip('#')} | python3 agent_runner.py issue-to-pr -"
+        remedy = "give the path of a file, or - for standard input"
         raise Refusal(f"{what} cannot be read ({error.strerror}); {remedy}.") from None
+
+
+def read_issue(run: Run, name: str) -> Issue:
+    """Read an issue: a file's path, `-` for standard input, or its number or address at the forge.
+
+    UTF-8, at most 1 MiB.
+    """
+    what = "the issue on standard input" if name == "-" else f"the issue {name!r}"
+    at_forge = re.fullmatch(r"#?(\d+)|https?://\S+", name)
+    if at_forge and not os.path.exists(name):
+        return fetch_issue(run, issue_address(run, at_forge[1] or name))
+    return make_issue(name, read_input(name, what), what)
+
+
+def make_issue(name: str, data: bytes, what: str) -> Issue:
     if len(data) > ISSUE_LIMIT:
         raise Refusal(f"{what} is larger than 1 MiB; cut it down to the task.")
     text, hidden = clean_issue(as_text(data, what))
@@ -327,6 +349,151 @@ def read_issue(name: str) -> Issue:
     number = re.search(r"^number:[ \t]*(\d+)$", told[0], re.MULTILINE) if told else own
     reference = address[0] if address else f"#{number[number.lastindex or 0]}" if number else ""
     return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden, reference)
+
+
+TOOLS = {  # a kind of forge -> its tool's command for an issue, its API, the tokens a user may set
+    "github": (
+        "gh issue view {address} --json author,body,comments,title,url",
+        "{api}/repos/{repo}/issues/{number}",
+        ("GH_TOKEN", "GITHUB_TOKEN"),
+    ),
+    "gitlab": (
+        "glab issue view {address} --comments --output json",
+        "{server}/api/v4/projects/{project}/issues/{number}",
+        ("GITLAB_TOKEN",),
+    ),
+    "forgejo": (
+        "tea issues {number} --repo {repo} --comments --output json",
+        "{server}/api/v1/repos/{repo}/issues/{number}",
+        ("FORGEJO_TOKEN", "GITEA_TOKEN"),
+    ),
+}
+PROBLEMS = {  # of a request, by its status
+    401: "the token that is set is not accepted",
+    403: "it is not open to you, or too many were asked for without a token",
+    404: "it is not there, or not open to all",
+    429: "too many were asked for; wait",
+}
+
+
+def issue_address(run: Run, name: str) -> str:
+    """The address of an issue, which may be named by its number in this repository's forge."""
+    web = web_address(find_remotes(run)[2])
+    if not name.isdigit():
+        return name
+    if not web:
+        text = "leads to no forge's address; give the issue's own address, or a file"
+        raise Refusal(f"issue {name}: the remote of this repository {text}.")
+    return f"{web}/issues/{name}"
+
+
+def fetch_issue(run: Run, address: str) -> Issue:
+    """An issue with its comments, through the forge's tool, or one of the requests of its API."""
+    from urllib.parse import quote
+
+    match = re.fullmatch(r"(https?://([^/@]+))/([^?#]+?)(/-)?/issues/(\d+)/?([?#].*)?", address)
+    if not match:
+        raise Refusal(f"{address} is no issue's address (…/issues/12); give that, or a file.")
+    server, host, repo, number = match[1], match[2], match[3], match[5]
+    gitlab = match[4] or "gitlab" in host or (run.repo.top / ".gitlab-ci.yml").exists()
+    kind = "github" if "github" in host else "gitlab" if gitlab else "forgejo"
+    command, form, names = TOOLS[kind]
+    api = "https://api.github.com" if host == "github.com" else f"{server}/api/v3"
+    values = {"address": address, "server": server, "repo": repo, "number": number, "api": api}
+    values |= {"project": quote(repo, safe="")}
+    data = ask_tool([word.format(**values) for word in command.split()], host)
+    if not data:
+        known = {urlsplit_host(url) for url in run.addresses} | {f"{kind}.com", "codeberg.org"}
+        safe = host in known and (server[:5] == "https" or host[:9] in ("127.0.0.1", "localhost"))
+        token = next(filter(None, map(os.environ.get, names)), "") if safe else ""
+        data = ask_forge(form.format(**values), token, names[0])
+        if data.get("comments") or data.get("user_notes_count"):
+            place = "notes?sort=asc&" if kind == "gitlab" else "comments?"
+            place = f"{form.format(**values)}/{place}per_page=100"
+            data["comments"] = ask_forge(place, token, names[0])
+    return issue_of(data, address, number)
+
+
+def issue_of(data: Any, address: str, number: str) -> Issue:
+    """An issue made of what a forge or its tool tells."""
+    title = one_line(str(data.get("title") or f"Issue {number}"), 120)
+    comments = data.get("comments") or data.get("Notes") or []
+    parts = [f"# {title}\n\n{data.get('body') or data.get('description') or ''}"]
+    for comment in comments if isinstance(comments, list) else ():
+        if not comment.get("system"):  # GitLab books labels and the like as notes
+            parts.append(f"## Comment by {author_of(comment)}\n\n{comment.get('body') or ''}")
+    parts[0] += f"\n\n(Opened by {author_of(data)})"
+    text = "\n\n".join(parts) + "\n"
+    issue = make_issue(title, text.encode("utf-8", "replace"), f"the issue {address}")
+    return issue._replace(title=title, slug=slug_of(f"{number}-{title}"), reference=address)
+
+
+def author_of(data: Any) -> str:
+    told = data.get("author") or data.get("user") or "somebody"
+    if isinstance(told, dict):
+        told = told.get("login") or told.get("username") or "somebody"
+    return one_line(str(told), 60)
+
+
+def urlsplit_host(address: str) -> str:
+    return web_address(address).partition("://")[2].partition("/")[0]
+
+
+def ask_tool(argv: list[str], host: str) -> Any:
+    """What a forge's tool tells of an issue; nothing where it is not there, or knows another."""
+    if not shutil.which(argv[0]):
+        return None
+    with contextlib.suppress(ValueError, AttributeError):
+        data = json.loads(call(argv, limit=60)[1])
+        told = data.get("url") or data.get("web_url") or data.get("html_url") or ""
+        return data if host in told.split("/") else None
+    return None
+
+
+def ask_forge(url: str, token: str, name: str) -> Any:
+    """One request to a forge's API: what it answers, as data."""
+    from urllib import error, request
+
+    class SameHost(request.HTTPRedirectHandler):
+        def redirect_request(
+            self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
+        ) -> Any:
+            if newurl.split("/")[:3] != url.split("/")[:3]:
+                raise Refusal(f"{url} leads to another host; give the issue's address there.")
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    headers = {"Accept": "application/json", "User-Agent": f"agent_runner/{__version__}"}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        asked = request.Request(url, headers=headers)
+        with request.build_opener(SameHost).open(asked, timeout=20) as answer:
+            data = answer.read(ISSUE_LIMIT + 1)
+        if len(data) > ISSUE_LIMIT:
+            raise Refusal(f"{url} answers with more than 1 MiB; save the task as a file.")
+        return json.loads(data)
+    except error.HTTPError as told:
+        why = PROBLEMS.get(told.code, f"status {told.code}")
+    except (OSError, ValueError) as told:
+        why = f"the forge cannot be reached or read: {one_line(str(told), 120)}"
+    remedy = f"set {name} to a token that may read it, or save the issue as a file"
+    raise Refusal(f"{url}: {why}; {remedy}.")
+
+
+def read_note(name: str) -> str:
+    """A note for the agent: a text, a file that holds it, or `-` for standard input."""
+    with contextlib.suppress(OSError, ValueError):  # as a name a text may be too long
+        if name == "-" or os.path.isfile(name):
+            name = as_text(read_input(name, "the note"), f"the note {name!r}")
+    if not (text := clean_issue(name)[0]).strip() or len(text) > ISSUE_LIMIT:
+        raise Refusal("--note is empty, or larger than 1 MiB; say what the agent should know.")
+    return text
+
+
+def read_log(name: str) -> str:
+    """The end of a log, which is where a failure is told: its last 200 lines."""
+    text = plain(read_input(name, f"the log {name!r}").decode("utf-8", "replace"))
+    lines = [line[:500] for line in text.split("\n") if line.strip()]
+    return "\n".join(lines[-200:])
 
 
 def slug_of(name: str) -> str:
@@ -385,6 +552,12 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
         parts.append(f"{TASK}\n{fenced('ISSUE', run.issue.text)}")
     else:
         parts.append("The task: the checks below fail. Find the cause in the code and mend it.\n")
+    if run.log:
+        parts.append(f"The end of the log of the job that failed:\n\n{fenced('LOG', run.log)}")
+    if run.earlier and not previous:
+        parts.append(f"An earlier run ended so: {run.earlier.message}\nIts work lies here.\n")
+    if run.note_given:
+        parts.append(f"A note from the person who supervises:\n\n{fenced('NOTE', run.note_given)}")
     if previous and previous.change:
         files = "".join(f"  {file.status} {file.path}\n" for file in previous.change.files[:50])
         left = "".join(f"  {finding_text(found)}\n" for found in previous.change.left_out[:10])
@@ -394,10 +567,107 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
         told = [finding_text(finding) for finding in failure.rejecting]
         for check in failure.checks:
             if not check.passed:
-                output = head_and_tail(plain(check.output), 60)
-                told.append(f"{check.name}: {check.reason}\n$ {check.command}\n{output}\n")
+                output = f"$ {check.command}\n{head_and_tail(plain(check.output), 60)}"
+                output = "(not shown to you)" if check.name == "holdout" else output
+                told.append(f"{check.name}: {check.reason}\n{output}\n")
         parts.append("How the gate failed:\n\n" + fenced("GATE", "\n".join(told)))
     return "\n".join([*parts, "Remember the rules at the top. When you are done, just end.\n"])
+
+
+# ----------------------------------------------------------------------------------- earlier runs
+# A run can go on from what an earlier one left: work that was kept, a proposal, the workspace of
+# one that was killed. It has the same base and the same judge; the earlier work lies in its
+# workspace as if this run's agent had made it, and what results is a new proposal.
+
+
+class Earlier(NamedTuple):
+    """A run to go on from: its record, what its report or its note says, and where that lies."""
+
+    record: Path
+    told: dict[str, Any]
+    folder: Path | None = None  # of one that was killed
+
+    @property
+    def message(self) -> str:
+        return f"{self.told.get('outcome') or 'killed'}: {self.told.get('message') or 'no verdict'}"
+
+
+def find_earlier(run: Run) -> Earlier:
+    """The run that --continue names; by itself, the last one for this issue that left work."""
+    wanted, command = run.settings.continued or "", run.settings.command
+    slug = run.issue.slug if run.issue else ""
+    killed = {told["record"]: (told, folder) for told, folder in dead_runs(run)}
+    for record in sorted(run.records.glob("2*-*"), reverse=True):
+        told, folder = killed.get(record.name, ({}, None))
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads((record / "report.json").read_text("utf-8"))
+        names = (record.name, f"refs/agent-runner/{record.name}", str(record), told.get("branch"))
+        has_work = bool(folder or told.get("kept") or told.get("branch"))
+        outside = not run.repo.common_dir and told
+        has_work = has_work or bool(outside and read_text(record / "change.patch"))
+        asked = not slug or (record / f"issue/{slug}.md").exists()
+        same = told.get("command") == command
+        if wanted in names and has_work and same:
+            return Earlier(record, told, folder)
+        if wanted in names and told:
+            why = "left no work" if same else f"was a run of {told.get('command')}"
+            raise Refusal(f"--continue {wanted}: it {why}; run it again without --continue.")
+        if not wanted and same and asked and has_work:
+            return Earlier(record, told, folder)
+    listed = "the record of a run, its branch or its kept ref: git for-each-ref refs/agent-runner"
+    what = f"{wanted!r} is no run here that has ended" if wanted else "no run here has left work"
+    raise Refusal(f"--continue: {what}; name {listed}")
+
+
+def earlier_verdict(run: Run) -> Verdict | None:
+    """What the judge said of the work that this run goes on from."""
+    if not run.earlier or not run.earlier.told.get("gate"):
+        return None
+    told, checks, attempts = run.earlier.told, [], len(run.earlier.told["attempts"])
+    for row in told["gate"]:
+        output = read_text(run.earlier.record / f"gate-{attempts}-{slug_of(row['name'])}.log")
+        how = {key: row[key] for key in ("name", "command", "passed", "reason", "seconds")}
+        checks.append(Check(**how, output=output))
+    findings = tuple(Finding(**finding) for finding in told["findings"])
+    return Verdict(told["tree"] or "", tuple(checks), findings)
+
+
+def earlier_tree(run: Run, earlier: Earlier) -> str:
+    """The tree of the work that an earlier run left."""
+    private, told, base = run.private, earlier.told, run.private.tree_of(run.base)
+    if earlier.folder:  # it was killed: what lies in its workspace
+        objects = f"{earlier.folder}/git/objects/."
+        call(["cp", "-RPn", objects, str(private.dir / "objects")])
+        clone = Clone(run, "killed", run.base)
+        clone.path = earlier.folder / "workspace" / run.repo.top.name
+        shutil.copyfile(earlier.folder / "workspace.index", clone.index_file)
+        whole, _ = capture(run, clone)
+        return build_tree(private, base, entries_of(private, told["tree"], whole).values())
+    if not run.repo.common_dir:
+        index, patch = private.dir / "index-earlier", read_text(earlier.record / "change.patch")
+        private("read-tree", base, index=index)
+        if told["outcome"] != "proposed":  # which the folder holds
+            private("apply", "--cached", "-", index=index, stdin=os.fsencode(patch))
+        return private("write-tree", index=index).strip()
+    branch, kept = f"refs/heads/{told['branch']}", told["kept"] or ""
+    tip = run.git("rev-parse", "-q", "--verify", branch, check=False).strip()
+    if not tip or (tip == told["commit"] and kept):  # what was put back beside it, too
+        tip = run.git("rev-parse", "-q", "--verify", kept, check=False).strip() if kept else tip
+    if not tip:
+        raise Refusal(f"the work of {earlier.record.name} is gone; run again without --continue.")
+    return private.tree_of(tip)
+
+
+def lay_work(run: Run, clone: Clone, tree: str) -> None:
+    """Put a tree's files into a clone of the base, over what a setup made there."""
+    entries = entries_of(run.private, run.private.tree_of(run.base), tree)
+    for path, entry in entries.items():
+        if entry.startswith("0 ") and not follows_link(clone.path / path):
+            (clone.path / path).unlink(missing_ok=True)
+    words = ("update-index", "--add", "--replace", "-z", "--index-info")
+    run.private(*words, clone=clone, stdin=os.fsencode("".join(sorted(entries.values()))))
+    there = "\0".join(path for path, entry in entries.items() if not entry.startswith("0 "))
+    run.private("checkout-index", "-fz", "--stdin", clone=clone, stdin=os.fsencode(there))
 
 
 # -------------------------------------------------------------------------------------- workspace
@@ -421,6 +691,9 @@ def make_workspace(run: Run) -> None:
             private("read-tree", run.base, clone=clone)  # without file times: read them all
             run.workspace_tree, _ = capture(run, clone)
             run.ignored = ignored_files(run, clone)
+        run.tell_others()
+        if run.earlier:
+            lay_work(run, clone, earlier_tree(run, run.earlier))
 
 
 def set_up(run: Run, clone: Clone) -> Check:
@@ -458,12 +731,25 @@ def set_up(run: Run, clone: Clone) -> Check:
 # shown with a prefix, so that it cannot pass for ours, and kept in the record.
 
 
+def budget_left(run: Run) -> float:
+    """Seconds that the agent may still work in this run."""
+    used = sum(turn.ran.seconds for turn in run.turns)
+    return float("inf") if run.settings.budget is None else run.settings.budget - used
+
+
+def turns_left(run: Run) -> Iterator[int]:
+    """The numbers of the turns that the agent gets: up to its attempts, within its budget."""
+    for number in range(1, run.settings.attempts + 1):
+        if budget_left(run) > 0:
+            yield number
+
+
 def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
     previous = run.turns[-1] if run.turns else None
     brief = write_brief(run, failure, previous)
     run.note(f"brief-{number}.md", brief)
     run.turns.append(Turn(number, Ran(None, "", 0.0)))
-    limit = duration_text(run.settings.agent_timeout)
+    limit = duration_text(min(run.settings.agent_timeout, budget_left(run)))
     tries = f"attempt {number} of {run.settings.attempts}"
     with run.console.step(f"{tries}: the agent works (at most {limit})") as ended:
         ran = run_agent(run, brief)
@@ -493,7 +779,10 @@ def why_failed(run: Run, ran: Ran) -> str:
     if run.stop.is_set():
         return "the agent was stopped"
     if ran.timed_out:
-        return f"the agent was ended at its limit of {duration_text(run.settings.agent_timeout)}"
+        limit, what = run.settings.agent_timeout, "its limit"
+        if ran.seconds < limit and run.settings.budget:
+            limit, what = run.settings.budget, "the budget"
+        return f"the agent was ended at {what} of {duration_text(limit)}"
     return f"the agent ended with status {ran.status}" if ran.status else ""
 
 
@@ -513,7 +802,8 @@ def run_agent(run: Run, brief: str) -> Ran:
             if shown > 200:
                 run.console.say("  … more of its output is in the record")
 
-    job = guarded_job(run, run.workspace, filled, "agent", run.settings.agent_timeout)
+    limit = min(run.settings.agent_timeout, budget_left(run))
+    job = guarded_job(run, run.workspace, filled, "agent", limit)
     run.console.tell_runner("group::the agent's output")
     try:
         return run_guarded(run, job._replace(stdin=place if filled == words else None), show)
@@ -588,7 +878,7 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
     for path, entry in sorted(entries_of(private, whole, tree).items()):
         what = "was left out" if entry.startswith("0 ") else "was put back"
         why = "steers tools or agents" if is_supervisors(path) else "judges the repair"
-        allow = command_line(run, run.settings.command, "--allow", path)
+        allow = command_line(run, run.settings.command, "--continue", run.name, "--allow", path)
         text = f"{what}: it {why}. To let it in: {allow}"
         found.append(Finding("put-back", path, None, "shown", text))
     return tree, found
@@ -1221,17 +1511,25 @@ def how_to_get(run: Run, tool: str) -> str:
 
 def command_line(run: Run, command: str, *more: str, **changed: Any) -> str:
     """A command line of this program with all the options that this run was given."""
-    words = [run.settings.issue] if command == "issue-to-pr" else []
+    name = os.path.basename(sys.argv[0])
+    start = ["python3", sys.argv[0]] if name.endswith(".py") else [name]
+    return shlex.join([*start, *command_words(run, command, *more, **changed)])
+
+
+def command_words(run: Run, command: str, *more: str, **changed: Any) -> list[str]:
+    once = ("continued", "note", "log")  # what is for this one run
+    issues = [changed.pop("issue")] if "issue" in changed else run.settings.issue
+    words = [*issues] if command == "issue-to-pr" and "--continue" not in more else []
     for name, value in (run.given | changed).items():
+        if name in once or name.replace("_", "-") not in option_names(command):
+            continue
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(option if value else f"--no-{name}")
         elif name != "simulate" or value in VARIANTS[command]:
             for one in value if isinstance(value, (list, tuple)) else (value,):
                 words += [option, f"{one:g}" if isinstance(one, float) else str(one)]
-    name = os.path.basename(sys.argv[0])
-    start = ["python3", sys.argv[0]] if name.endswith(".py") else [name]
-    return shlex.join([*start, command, *words, *more])
+    return [command, *words, *more]
 
 
 # ------------------------------------------------------------------------------------------ judge
@@ -1279,8 +1577,10 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         bite=lambda: contradict(run, change, plan),
         proof=lambda: run_on_old_code(run, change, plan),
         facts=lambda: find_facts(run, change),
+        holdout=lambda: ask_holdout(run, change, plan),
     )
     verdict: Verdict = answers["gate"]
+    verdict = verdict._replace(checks=(*verdict.checks, *answers["holdout"]))
     findings = [*change.left_out, *answers["facts"]]
     findings += compare_with_base(run, change, plan, verdict, *answers["base"])
     known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
@@ -1335,20 +1635,67 @@ def ask_base_judge(
     # A new test module can patch the code for all: the old tests are run without it, too.
     if not (plan.edited or plan.settings or plan.added) or run.baseline is None:
         return {}, [], False
-    settings_back = with_base_settings(run, change, plan)
-    others = (
-        {path for path in plan.settings if not path.endswith(MERGED)} | plan.edited | plan.added
-    )
-    tests_back = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), others)
+    settings_back, tests_back = under_base_judge(run, change, plan)
     red = unlike_base_settings(run, settings_back) if plan.settings else []
     bad = unlike_base(run, tests_back)
     if bad and plan.settings and plan.edited:  # is it the settings and conftest.py alone?
-        base = run.private.tree_of(run.base)
-        again = with_paths_of(
-            run.private, settings_back, base, {p for p in others if p in plan.settings}
-        )
+        steer = {path for path in plan.settings if not path.endswith(MERGED)}
+        again = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), steer)
         run.decided = {*unlike_base(run, again)}
     return bad, red, True
+
+
+def under_base_judge(run: Run, change: Change, plan: Plan) -> tuple[str, str]:
+    """The change's tree with the base's settings; and with the base's tests and conftest.py."""
+    others = {path for path in plan.settings if not path.endswith(MERGED)}
+    others |= plan.edited | plan.added
+    tree, base = with_base_settings(run, change, plan), run.private.tree_of(run.base)
+    return tree, with_paths_of(run.private, tree, base, others)
+
+
+def ask_holdout(run: Run, change: Change, plan: Plan) -> list[Check]:
+    """Do the hold-out tests pass on the change's code, under the base's settings and conftest.py;
+    and do they fail once they are contradicted? What is red is asked twice.
+
+    They lie in these checkouts alone, and never among the run's objects.
+    """
+    if not run.settings.holdout:
+        return []
+    _, tree = under_base_judge(run, change, plan)
+    words = pytest_start(run) or ["pytest", "-q"]
+    for _ in range(2):
+        check = run_holdout(run, tree, words, twins=False)
+        twins = run_holdout(run, tree, words, twins=True) if check.passed else check
+        if twins.passed:
+            break
+    return [check if twins.passed else twins]
+
+
+def run_holdout(run: Run, tree: str, words: list[str], *, twins: bool) -> Check:
+    """Run the hold-out tests, or their twins with contradicted expectations, laid into a tree."""
+    commit = run.private.commit(tree, run.base, commit_message(run))
+    with clean_checkout(run, commit) as (clone, ready):
+        place, files = clone.path / run.repo.prefix, list[str]()
+        for source in map(Path, run.settings.holdout if ready.passed else ()):
+            call(["cp", "-RPp", f"{source}/." if source.is_dir() else str(source), str(place)])
+            inside = source.rglob("*.py") if source.is_dir() else [source]
+            root = source if source.is_dir() else source.parent
+            files += [str(path.relative_to(root)) for path in inside]
+        files = [file for file in files if TEST_MODULE.search(file)]
+        for file in files if twins else ():
+            data = (place / file).read_bytes()
+            (place / file).write_bytes(contradicted(data, {n for n, *_ in test_functions(data)}))
+        targets = [f"./{file}" for file in files]
+        argv = with_options(words, "--continue-on-collection-errors", "--maxfail=0", *targets)
+        check = run_check(run, clone, "--holdout", words=argv) if ready.passed else ready
+    tests = by_function(check.tests)
+    bad = [name for name, outcome in tests.items() if (outcome == "passed") == twins]
+    reason = f"{len(bad)} of {len(tests)} hold-out tests do not pass"
+    if twins:
+        reason = f"{len(bad)} of {len(tests)} hold-out tests pass even when told the opposite"
+    is_red = bool(bad) or not tests or (not twins and not check.passed)
+    reason = reason if bad else check.reason
+    return check._replace(name="holdout", passed=not is_red, reason=reason if is_red else "passed")
 
 
 def compare_with_base(
@@ -1677,20 +2024,25 @@ def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
 
     It has a limit of its own, since a new test may hang on the old code.
     """
-    for words in run.commands if files else ():
-        end = pytest_word(words)
-        if end is None:
-            continue
-        pairs = zip(words[end:], words[end + 1 :], strict=False)
-        how = [word for before, word in pairs if word.startswith(HOW) or before in HOW]
-        places = sorted("./" + os.path.relpath(file, run.repo.prefix or ".") for file in files)
-        options = ("--continue-on-collection-errors", "--maxfail=0")
-        argv = [*words[: end + 1], "-q", *how, *options, *places]
-        usual = max((c.seconds for c in run.baseline.checks), default=0) if run.baseline else 0
-        limit = min(run.settings.gate_timeout, 10 + 3 * usual)
-        check = run_in_tree(run, tree, shlex.join(argv), argv, limit)
-        return by_function(check.tests) if check.fault not in ("slow", "usage", "report") else {}
-    return {}
+    start = pytest_start(run)
+    if not start or not files:
+        return {}
+    places = sorted("./" + os.path.relpath(file, run.repo.prefix or ".") for file in files)
+    argv = [*start, "--continue-on-collection-errors", "--maxfail=0", *places]
+    usual = max((c.seconds for c in run.baseline.checks), default=0) if run.baseline else 0
+    limit = min(run.settings.gate_timeout, 10 + 3 * usual)
+    check = run_in_tree(run, tree, shlex.join(argv), argv, limit)
+    return by_function(check.tests) if check.fault not in ("slow", "usage", "report") else {}
+
+
+def pytest_start(run: Run) -> list[str]:
+    """How the gate's first pytest command begins, without what it selects; empty without one."""
+    for words in run.commands:
+        if (end := pytest_word(words)) is not None:
+            pairs = zip(words[end:], words[end + 1 :], strict=False)
+            how = [word for before, word in pairs if word.startswith(HOW) or before in HOW]
+            return [*words[: end + 1], "-q", *how]
+    return []
 
 
 def run_on_old_code(run: Run, change: Change, plan: Plan) -> Tests:
@@ -1951,6 +2303,8 @@ def last_change(run: Run) -> Change | None:
 
 def red_after(run: Run, verdict: Verdict | None) -> str:
     text = f"the verdict is red (attempts: {len(run.turns)}): {verdict.reason if verdict else ''}"
+    if budget_left(run) <= 0:
+        text += f". The budget of {duration_text(run.settings.budget or 0)} is used up"
     if not run.settings.baseline:
         text += ". What was red before is not known with --no-baseline; to leave a test out of the"
         text += " gate: --gate 'pytest -q --deselect TEST'"
@@ -2107,23 +2461,31 @@ def web_address(address: str) -> str:
     return f"{start}/{match[4].strip('/').removesuffix('.git')}"
 
 
+def find_remotes(run: Run) -> tuple[str, str, str]:
+    """The remote to push to, the one to propose to, and the address of the latter."""
+    config, here = run.repo.config, (run.repo.head_ref or "").removeprefix("refs/heads/")
+    urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
+    tracked = config.get(f"branch.{here}.remote", "")
+    wanted = (config.get("remote.pushdefault", ""), "origin", tracked, *urls)
+    remote = next((name for name in wanted if name in urls), "")
+    into = next((name for name in ("upstream", tracked) if name in urls), remote)
+    pushed, web = (web_address(urls.get(name, "")) for name in (remote, into))
+    if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
+        into = remote
+    return remote, into, urls.get(into, "")
+
+
 def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     """What the person would run, right for the repository's remote: push, then open a draft."""
     from urllib.parse import quote
 
     q, config, refs = shlex.quote, run.repo.config, run.before
     here = (run.repo.head_ref or "").removeprefix("refs/heads/")
-    urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
-    tracked = config.get(f"branch.{here}.remote", "")
-    wanted = (config.get("remote.pushdefault", ""), "origin", tracked, *urls)
-    remote = next((name for name in wanted if name in urls), "")
+    remote, into, address = find_remotes(run)
     push = ("push it", f"git push -u {q(remote or 'origin')} {q(branch)}")
     if not remote:
         return [("add a remote", "git remote add origin ADDRESS"), push]
-    into = next((name for name in ("upstream", tracked) if name in urls), remote)
-    pushed, web = web_address(urls[remote]), web_address(urls[into])
-    if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
-        into, web = remote, pushed
+    pushed, web = web_address(config[f"remote.{remote}.url"]), web_address(address)
     if not web:
         return [push]
     theirs, repo = f"refs/remotes/{into}/", web.partition("://")[2]
@@ -2147,6 +2509,10 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
     """What a person can do with the work now, as commands that can be pasted."""
     q, ref = shlex.quote, shlex.quote(ending.branch or run.kept or "")
     look = ("look at it", f"git show {ref}")
+
+    def again(name: str) -> str:
+        return command_line(run, run.settings.command, "--continue", name)
+
     if ending.branch:
         drop, head_ref = f"git branch -D {ref}", run.repo.head_ref
         if ending.switched:
@@ -2156,10 +2522,12 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
         steps = [] if planted else proposal_commands(run, ending.branch)
         if run.kept:  # what was put back, too
             steps.insert(0, ("with the rest", f"git show {run.kept}"))
-        return [look, *steps, ("drop it", drop)]
+        return [look, *steps, ("go on", again(run.name)), ("drop it", drop)]
     if run.kept:
         take = f"git switch -c {q(free_branch(run, f'my-{run.slug}'))} {ref}"
-        return [look, ("take it over", take), ("drop it", f"git update-ref -d {ref}")]
+        drop = f"git update-ref -d {ref}"
+        more = ("go on", again(run.name))
+        return [look, more, ("take it over", take), ("drop it", drop)]
     if run.record and ending.change and ending.change.files:  # outside Git
         patch, done = q(f"{run.record}/change.patch"), ending.outcome == "proposed"
         last = (
@@ -2167,7 +2535,7 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
             if done
             else ("take it over", f"git apply {patch}")
         )
-        return [("look at it", f"cat {patch}"), last]
+        return [("look at it", f"cat {patch}"), ("go on", again(run.name)), last]
     return []
 
 
@@ -2321,6 +2689,7 @@ def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict
         "start": run.repo.head or None,
         "commit": change and change.commit,
         "tree": change and change.tree,
+        "files": change and [file.path for file in change.files],
         "attempts": attempts,
         "gate": report_checks(verdict),
         "findings": [finding._asdict() for finding in findings_of(ending)],
@@ -2328,6 +2697,7 @@ def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict
         "guard": run.levels if run.lock else None,
         "proposal": proposal | {"body_file": f"{run.record}/pr.md"} if ending.branch else None,
         "kept": run.kept,
+        "continued": run.earlier and run.earlier.record.name,
         "moved": [moved._asdict() for moved in run.moved],
         "mentions": [*(verdict.notes if verdict else ()), *run.mentions],
         "record": run.record and str(run.record),
@@ -2673,12 +3043,14 @@ def judge_ground(run: Run) -> list[Path]:
 
 
 def cover_stores(run: Run) -> list[str]:
-    """Arguments that hide credential stores, login sockets, and a forge runner's order files."""
+    """Arguments that hide credential stores, login sockets, a forge runner's order files, and
+    hold-out tests."""
     agent, args = os.environ.get("SSH_AUTH_SOCK"), list[str]()
     named = [value for key, value in os.environ.items() if re.match(RUNNER_FILES, key)]
     named += [agent or "", os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}"]
     needed = (run.folder, run.tmp, run.repo.top, home_folder(), Path(tempfile.gettempdir()))
     paths = [Path(p) for p in named if p and not any(n.is_relative_to(p) for n in needed)]
+    paths += [Path(p) for p in run.settings.holdout]
     for path in (*(home_folder() / name for name in STORES), *map(in_home, STORES), *paths):
         if path.exists():
             hide = (
@@ -2779,6 +3151,9 @@ def compare_snapshots(run: Run, before: Snapshot, after: Snapshot) -> list[Moved
     names = [name for name, (old, new) in sorted(pairs.items()) if old != new]
     if any(name.startswith(("HEAD", "refs/")) for name in names):  # which edits files too
         names = [name for name in names if name != "your checkout"]
+    ours = known_commits(run) if any("agent" in name for name in names) else {}
+    made = ("refs/heads/agent/", "refs/agent-runner/")  # by other runs: nothing to tell
+    names = [n for n in names if not (n.startswith(made) and pairs[n][1] in ours)]
     return [tell_moved(run, name, *pairs[name], after["HEAD"]) for name in names]
 
 
@@ -2816,7 +3191,7 @@ def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
     if ref.startswith(("refs/remotes/", "refs/prefetch/")) or ref in run.work_trees.values():
         return True
     if ref.startswith(("refs/agent-runner/", "refs/heads/agent/")):
-        return (new or old) in known_commits(run)
+        return old in known_commits(run)
     if ref == "HEAD" and new.startswith("ref: refs/heads/agent/"):
         return True
     if ref.startswith("refs/tags/") and not old:  # as a fetch brings it along
@@ -3075,6 +3450,7 @@ def user_base() -> Path:
 
 class Run:
     given: dict[str, Any]  # the options, as they were given
+    lasting: Mapping[str, Any] = {}  # those of pyproject.toml
     folder: Path  # the run's own, in the user's cache
     tmp: Path  # short, since the path of a socket in a test may have 108 characters at most
     private: Git
@@ -3082,6 +3458,8 @@ class Run:
     agent: list[str]
     commands: list[list[str]]  # of the gate
     issue: Issue | None = None
+    earlier: Earlier | None = None
+    note_given = log = ""  # for the agent
     instructions: tuple[str, str] | None = None  # path and text
     bwrap = no_kernel = ""  # its path, or why not
     environment: Path | None = None
@@ -3130,8 +3508,7 @@ class Run:
             self.lock = lock_folder(self.folder)
         short = own_folder(Path(tempfile.gettempdir(), f"ar-{os.getuid()}")) or self.folder
         self.tmp = short / f"t{self.folder.name}"
-        told = [str(self.repo.top), self.title, str(self.tmp)]
-        (self.folder / "run.json").write_text(json.dumps(told))
+        self.tell_others()
         self.tmp.mkdir()
         self.private = private_git(self)
         if self.repo.common_dir:  # as the user's configuration was before the agent
@@ -3141,10 +3518,22 @@ class Run:
 
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
+    def tell_others(self) -> None:
+        """Note for a later run, should this one be killed, what lies here and how to go on."""
+        told = {"top": str(self.repo.top), "title": self.title, "tmp": str(self.tmp)}
+        told |= {"command": self.settings.command, "base": self.base, "tree": self.workspace_tree}
+        told |= {"record": self.record.name if self.record else ""}
+        told["again"] = command_line(self, self.settings.command, "--continue", self.name)
+        fresh = self.folder / "run.json.new"
+        fresh.write_text(json.dumps(told))
+        fresh.replace(self.folder / "run.json")  # never half written
+
     @property
     def records(self) -> Path:
-        common = self.repo.common_dir
-        return common / "agent-runner" if common else cache_root(self.repo.top) / "records"
+        if self.repo.common_dir:
+            return self.repo.common_dir / "agent-runner"
+        name = hashlib.sha256(os.fsencode(self.repo.top)).hexdigest()[:16]
+        return cache_root(self.repo.top) / "records" / name
 
     @property
     def name(self) -> str:
@@ -3209,8 +3598,8 @@ class Run:
             self.lock.close()
 
 
-def killed_runs(run: Run) -> Iterator[str]:
-    """What killed runs of this repository have left, and how to look at it and remove it."""
+def dead_runs(run: Run) -> Iterator[tuple[dict[str, Any], Path]]:
+    """What killed runs of this repository have left: what each has noted, and its folder."""
     root = cache_root(run.repo.top)
     with lock_folder(root, wait=True):  # none is being made meanwhile
         for folder in sorted(file.parent for file in root.glob("*/lock")):
@@ -3218,17 +3607,23 @@ def killed_runs(run: Run) -> Iterator[str]:
                 continue
             with lock:
                 try:
-                    top, title, tmp = json.loads((folder / "run.json").read_text())
-                except (OSError, ValueError):  # it was killed before it had begun
+                    told = json.loads((folder / "run.json").read_text())
+                    if told["top"] == str(run.repo.top):
+                        yield told, folder
+                except (OSError, ValueError, TypeError):  # it was killed before it had begun
                     remove_folder(folder)
-                    continue
-                place, how = folder / "workspace" / run.repo.top.name, "To remove what it left"
-                if (place / ".git/index").exists():
-                    look = shlex.join(["git", "-C", str(place), "status"])
-                    how = f"To look at it: {look}; to remove it"
-                if top == str(run.repo.top):
-                    remove = shlex.join(["rm", "-rf", str(folder), tmp])
-                    yield f"a run was killed ({one_line(title, 60)}). {how}: {remove}"
+
+
+def killed_runs(run: Run) -> Iterator[str]:
+    """What killed runs have left, and how to go on from it, look at it and remove it."""
+    for told, folder in dead_runs(run):
+        place, how = folder / "workspace" / run.repo.top.name, "To remove what it left"
+        if (place / ".git/index").exists():
+            look = shlex.join(["git", "-C", str(place), "status"])
+            more = f"To go on from it: {told['again']}; to" if told["tree"] else "To"
+            how = f"{more} look at it: {look}; to remove it"
+        remove = shlex.join(["rm", "-rf", str(folder), told["tmp"]])
+        yield f"a run was killed ({one_line(told['title'], 60)}). {how}: {remove}"
 
 
 # -------------------------------------------------------------------------------------------- git
@@ -3775,6 +4170,94 @@ class Console:
             self.say("\n".join([*lines, f"::stop-commands::{self.resume}"] if more else lines))
 
 
+# --------------------------------------------------------------------------------- several issues
+# A run each, in a process of its own, so that one that fails touches no other. HEAD stays where it
+# is. At the end one table, and for each pair of proposals whether they can be merged together.
+
+
+def run_several(run: Run) -> dict[str, Any]:
+    """Run each issue, `--jobs` at once: one document with the report of each."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    issues, settings, children = run.settings.issue, run.settings, list[Any]()
+    if settings.continued is not None or settings.note is not None or issues.count("-") > 1:
+        raise Refusal("--continue, --note and a second '-' are for one issue at a time.")
+    jobs, status = settings.jobs if run.repo.common_dir else 1, 0  # a folder is written one by one
+    with ThreadPoolExecutor(jobs) as pool:
+        work = [pool.submit(run_one, run, issue, children) for issue in issues]
+        try:
+            reports = [future.result() for future in work]
+        except Interrupted as error:  # each keeps its work, and ends
+            run.signals.shielded, status = True, 128 + error.args[0]
+            run.stop.set()
+            for child in children:
+                with contextlib.suppress(OSError):
+                    child.send_signal(error.args[0])
+            reports = [future.result() for future in work]
+    status = status or max(report["exit_code"] for report in reports)
+    pairs = compare_proposals(run, [r["branch"] for r in reports if r.get("branch")])
+    for line in several_lines(reports, pairs):
+        run.console.say(line)
+    conflicts = [{"branches": [one, two], "files": files} for one, two, files in pairs if files]
+    return {"exit_code": status, "runs": reports, "conflicts": conflicts}
+
+
+def run_one(run: Run, issue: str, children: list[Any]) -> dict[str, Any]:
+    """One run in a process of its own, its lines shown behind its name; its report."""
+    words = command_words(run, "issue-to-pr", issue=issue, json=True, switch=False)
+    label = re.sub(r"\W", "_", Path(issue).stem)[-30:] or "stdin"
+    ended = {"outcome": None, "exit_code": 130, "message": "was not started", "branch": None}
+    with tempfile.TemporaryFile() as out:
+        if run.stop.is_set():
+            return {"issue": issue, **ended}
+        argv, stdin = (
+            [sys.executable, __file__, *words],
+            None if issue == "-" else subprocess.DEVNULL,
+        )
+        how: Any = {"stdin": stdin, "stdout": out, "stderr": subprocess.PIPE}
+        child = subprocess.Popen(argv, start_new_session=True, **how)
+        children.append(child)
+        for line in child.stderr or ():
+            run.console.say(f"  {label} │ {plain(line.decode('utf-8', 'replace')).rstrip()}")
+        status = child.wait()
+        out.seek(0)
+        told = {"exit_code": 128 - status if status < 0 else status, "message": "left no report"}
+        with contextlib.suppress(ValueError):
+            told = json.loads(out.read())
+    return {"issue": issue, **ended, **told}
+
+
+def compare_proposals(run: Run, branches: list[str]) -> list[tuple[str, str, list[str] | None]]:
+    """Each pair of branches, and the files in which they conflict; None where Git cannot tell."""
+    from itertools import combinations
+
+    found = []
+    words = ("merge-tree", "-z", "--write-tree", "--name-only", "--no-messages")
+    for one, two in combinations(branches, 2):
+        argv = ["git", *run.git.where, *words, one, two]
+        status, out, _ = call(argv, env=run.git.env)  # 1: conflicts; Git before 2.38: 129
+        files = zsplit(os.fsdecode(out))[1:] if status in (0, 1) else None
+        found.append((one, two, files))
+    return found
+
+
+def several_lines(reports: list[dict[str, Any]], pairs: Iterable[Any]) -> list[str]:
+    lines, widths = ["", "Together:"], [max(len(str(r["issue"])) for r in reports)]
+    for report in reports:
+        count = len(report.get("files") or ())
+        files = f"{count} file{'s' * (count != 1)}" if report["branch"] else report["message"]
+        what = report["outcome"] or f"exit {report['exit_code']}"
+        where = f"{report['branch']}  " if report["branch"] else ""
+        lines.append(f"  {report['issue']:{widths[0]}}  {what:12}  {where}{one_line(files, 160)}")
+    for one, two, files in pairs:
+        text = "merge cleanly together"
+        if files:
+            text = f"conflict in {', '.join(files[:5])}: merge one, then run the other again"
+        text = "were not compared: that needs Git 2.38" if files is None else text
+        lines.append(f"  {one} and {two} {text}")
+    return lines
+
+
 # ------------------------------------------------------------------------------- simulated agents
 # Each goes the same way as a real one: a child process in a workspace, under the same guard, limits
 # and gate. They write a discount into agent_demo.py, whatever the issue asks.
@@ -3902,6 +4385,12 @@ OPTIONS = """\
 --gate CMD: in place of 'ruff check .' and 'pytest -q'
 --agent-timeout D: of one turn: 90s, 15m, 1h (default 30m)
 --gate-timeout D: of one gate command (default 10m)
+--budget D: of all turns together (default none)
+--holdout PATH: tests that the agent never sees
+--log FILE|-: self-heal: the log of the red CI job, for the brief
+--continue RUN: go on from what an earlier run left (default the last)
+--note TEXT|FILE|-: tell the agent this, too
+--jobs N: issue-to-pr: how many issues at once (default 2)
 --base REF: the commit to start from (default HEAD)
 --setup CMD: prepare each clone
 --carry PATH: bring an ignored file along
@@ -3919,20 +4408,33 @@ STATUSES = """\
 exit statuses: 0 proposed or already green, 1 rejected, 2 handed to a person, 3 refused,
 4 the agent failed, 5 a rule was broken, 130, 143, 129 interrupted, 70 a fault of this program
 
-CMD, PATH, PATTERN and NAME may be given again.
+CMD, PATH, PATTERN and NAME may be given again. Options that a repository always needs may
+stand in pyproject.toml: [tool.agent-runner], for example gate = ["make lint", "pytest -q"].
 """
+REPEATED = ("CMD", "PATH", "PATTERN", "NAME")
 
 
 class Parser(argparse.ArgumentParser):
     """Argument errors are refusals: one sentence and exit 3, since 2 means a hand-off."""
 
     def error(self, message: str) -> Any:
-        from difflib import get_close_matches
-
-        word = message.partition("arguments: ")[2].partition("=")[0]
-        for near in get_close_matches(word, re.findall(r"--[\w-]+", OPTIONS), 1):
-            message += f"; did you mean {near}?"
+        message += near_option(message.partition("arguments: ")[2].partition("=")[0])
         raise Refusal(f"{message} (see python3 agent_runner.py COMMAND --help)")
+
+
+def options_of(command: str) -> list[tuple[str, str, str]]:
+    """The options of a command: name, the kind of value, help."""
+    (other,) = VARIANTS.keys() - {command}
+    found = re.findall(r"(--[\w-]+) ?([A-Z|-]*): (.*)", OPTIONS)
+    return [told for told in found if not told[2].startswith(other)]
+
+
+def near_option(word: str) -> str:
+    from difflib import get_close_matches
+
+    for near in get_close_matches(word, re.findall(r"--[\w-]+", OPTIONS), 1):
+        return f"; did you mean {near}?"
+    return ""
 
 
 def seconds(text: str) -> float:
@@ -3957,15 +4459,17 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     kinds: dict[str, dict[str, Any]] = {"N": {"type": positive}, "D": {"type": seconds}, "REF": {}}
-    kinds["WHEN"] = {"choices": ["auto", "off", "require"]}
+    kinds |= {"FILE|-": {}, "TEXT|FILE|-": {}, "WHEN": {"choices": ["auto", "off", "require"]}}
+    kinds["RUN"] = {"nargs": "?", "const": "", "dest": "continued"}
     for name, variants in VARIANTS.items():
         kinds["VARIANT"] = {"choices": [*variants]}
         told = "".join(f"  {variant:7} {text}\n" for variant, text in variants.items())
         more = f"--simulate writes a discount, whatever is asked:\n{told}\n{STATUSES}"
         command = commands.add_parser(name, help="--help tells its options", epilog=more, **style)
         if name == "issue-to-pr":
-            command.add_argument("issue", metavar="ISSUE", help="a Markdown file, or - for stdin")
-        for option, kind, text in re.findall(r"(--[\w-]+) ?([A-Z]*): (.*)", OPTIONS):
+            told = "a Markdown file, - for stdin, a number, or an address"
+            command.add_argument("issue", metavar="ISSUE", nargs="*", help=told)
+        for option, kind, text in options_of(name):
             how = {"metavar": kind} | kinds.get(kind, {"action": "append"})
             if not kind:
                 how = {"action": "store_true"}
@@ -3998,6 +4502,68 @@ def check_command(command: str, name: str) -> list[str]:
         if re.fullmatch(r"{[a-z_]+}", word) and word != known:
             raise Refusal(f"{name} holds {word}; the one placeholder that it knows is {known}.")
     return words
+
+
+LASTING = "[tool.agent-runner]"
+MOMENTARY = ("--simulate", "--base", "--continue", "--note", "--log", "--dry-run", "--json")
+
+
+def read_settings(run: Run) -> dict[str, Any]:
+    """The settings that last, from `[tool.agent-runner]` of pyproject.toml as the base has it.
+
+    The base's, so that a change to them is judged by the old ones. The command line wins.
+    """
+    for name in {os.path.join(run.repo.prefix, "pyproject.toml"): 0, "pyproject.toml": 0}:
+        data = run.git.file(f"{run.base}:{name}") if run.base else None
+        if not run.repo.common_dir:  # the folder is the base
+            data = os.fsencode(read_text(run.start / name))
+        if re.search(rb"(?m)^\s*\[\s*tool\s*\.\s*\"?agent-runner\b", data or b""):
+            return parse_settings(run, name, data or b"")
+    return {}
+
+
+def parse_settings(run: Run, name: str, data: bytes) -> dict[str, Any]:
+    import importlib
+
+    try:
+        loads = importlib.import_module("tomllib").loads
+    except ImportError:  # Python 3.10 has no reader of TOML
+        remedy = "use Python 3.11 or later, or take the table out and give options instead"
+        raise Refusal(f"{LASTING} in {name} cannot be read by this Python; {remedy}.") from None
+    try:
+        table, command = loads(as_text(data, name))["tool"]["agent-runner"], run.settings.command
+        words = [word for item in table.items() for word in option_words(command, *item)]
+        given = vars(build_parser().parse_args([command, *words]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Refusal(f"{name} is no TOML that can be read: {error}.") from None
+    except Refusal as error:
+        text = str(error).partition(" (see ")[0].replace("argument --", "")
+        raise Refusal(f"{LASTING} in {name} at the base: {text}; mend it and commit.") from None
+    return {k: v for k, v in given.items() if k not in ("command", "issue")}
+
+
+def option_names(command: str) -> set[str]:
+    """The options of a command, as its settings are called."""
+    return {told[0].removeprefix("--no-").removeprefix("--") for told in options_of(command)}
+
+
+def option_words(command: str, key: str, value: Any) -> list[str]:
+    """A lasting setting as words of a command line; none where it is the other command's."""
+    option, kinds = f"--{key}", {told[0]: told[1] for one in VARIANTS for told in options_of(one)}
+    if option not in kinds or option in MOMENTARY:
+        why = "is of one run" if option in MOMENTARY else "is no option"
+        near = near_option(option).replace("--", "") if option not in kinds else ""
+        raise Refusal(f"{key!r} {why}{near}")
+    kind = kinds[option]
+    wanted = "true or false" if not kind else "a number" if kind == "N" else "a text"
+    wanted += " or a list of texts" if kind in REPEATED else ""
+    values = value if kind in REPEATED and isinstance(value, list) else [value]
+    types: tuple[type, ...] = {"": (bool,), "N": (int,), "D": (int, float, str)}.get(kind, (str,))
+    if not all(isinstance(one, types) and (not kind) == isinstance(one, bool) for one in values):
+        raise Refusal(f"{key} = {json.dumps(value, default=str)} is not {wanted}")
+    if value is False or key.removeprefix("no-") not in option_names(command):
+        return []
+    return [f"{option}={one}" if kind else option for one in values]
 
 
 def check_agent(run: Run) -> list[str]:
@@ -4082,6 +4648,25 @@ def check_repository(run: Run, common_dir: Path) -> None:
     run.settings = run.settings._replace(carry=carry)
 
 
+def check_holdout(run: Run) -> None:
+    """Hold-out tests must be where no clone has them."""
+    paths, top = [], run.repo.top
+    for name in run.settings.holdout:
+        path = (run.start / os.path.expanduser(name)).resolve()
+        what = f"--holdout {name}"
+        tests = [path] if path.is_file() else [p for p in path.rglob("*.py") if p.is_file()]
+        if not any(TEST_MODULE.search(file.name) for file in tests):
+            raise Refusal(f"{what} holds no test module (test_*.py); give their folder or a file.")
+        here = path.is_relative_to(top) and run.repo.common_dir
+        tracked = here and run.git("ls-files", "--", f":(top,literal){path.relative_to(top)}")
+        if tracked or (path.is_relative_to(top) and not here) or top.is_relative_to(path):
+            raise Refusal(f"{what} lies where the agent sees it; move it out of the repository.")
+        paths.append(str(path))
+    run.settings = run.settings._replace(holdout=tuple(paths))
+    if paths and not run.bwrap:
+        run.mentions.append("without the kernel level an agent that looks for --holdout finds it.")
+
+
 def read_folder(run: Run) -> None:
     if sum(len(files) for _, _, files in os.walk(run.repo.top)) > 50_000:
         raise Refusal("this folder is no Git repository and holds too many files; run: git init")
@@ -4091,26 +4676,55 @@ def read_folder(run: Run) -> None:
     run.base = run.private.commit(run.folder_tree, None, "The folder as it was\n")
 
 
+def read_inputs(run: Run) -> None:
+    """The issue, the run to go on from, the log, the note."""
+    settings = run.settings
+    if [*settings.issue, settings.log, settings.note].count("-") > 1:
+        raise Refusal("standard input can be read once; give a file in place of one of the '-'.")
+    if settings.issue:
+        run.issue = read_issue(run, settings.issue[0])
+    elif not run.is_repair and settings.continued is None:
+        raise Refusal("the following arguments are required: ISSUE (a file, or -, or a number)")
+    if settings.continued is not None:
+        run.earlier = find_earlier(run)
+        run.base = run.earlier.told["base"] if run.repo.common_dir else ""
+        for path in () if run.issue else run.earlier.record.glob("issue/*.md"):
+            run.issue = read_issue(run, str(path))
+    if run.issue:
+        run.slug, run.title = run.issue.slug, run.issue.title
+    run.log = read_log(settings.log) if settings.log else ""
+    run.note_given = read_note(settings.note) if settings.note is not None else ""
+
+
+def apply_settings(run: Run) -> None:
+    run.lasting = read_settings(run)
+    ten_seconds = {"agent_timeout"} if run.settings.simulate == "hang" else set[str]()
+    used = {k: v for k, v in run.lasting.items() if k not in {*run.given} | ten_seconds}
+    used = {k: tuple(v) if isinstance(v, list) else v for k, v in used.items()}
+    run.settings = run.settings._replace(**used)
+
+
 def prepare(run: Run) -> None:
     """All that is checked before the agent starts; nothing is touched if it refuses."""
     settings, common_dir = run.settings, run.repo.common_dir
-    if not run.is_repair:
-        run.issue = read_issue(settings.issue)
-        run.slug, run.title = run.issue.slug, run.issue.title
-    run.commands = [check_command(command, "--gate") for command in settings.gate]
-    for command in settings.setup:
-        check_command(command, "--setup")
     identity = dict.fromkeys(IDENTITY, "agent_runner")
     if common_dir:
         read_config(run)
         identity = find_identity(run.repo.config)
     run.repo = run.repo._replace(identity=identity)
+    run.base = find_base(run)
+    read_inputs(run)
+    apply_settings(run)
+    run.commands = [check_command(command, "--gate") for command in run.settings.gate]
+    for command in run.settings.setup:
+        check_command(command, "--setup")
     run.environment, environment = find_environment(run)
-    run.agent, run.base = check_agent(run), find_base(run)
+    run.agent = check_agent(run)
     if common_dir:
         check_repository(run, common_dir)
     run.console.secrets = secrets_in(os.environ.items())
-    run.bwrap, run.no_kernel = find_bwrap(settings.sandbox, run.repo.top)
+    run.bwrap, run.no_kernel = find_bwrap(run.settings.sandbox, run.repo.top)
+    check_holdout(run)
     run.open()
     if not common_dir:
         read_folder(run)
@@ -4121,7 +4735,7 @@ def prepare(run: Run) -> None:
     if reason := run.private.cannot_sign(run.base):
         remedy = "unlock the key, or run: git config commit.gpgSign false"
         raise Refusal(f"commits are to be signed and cannot be ({reason}); {remedy}")
-    if settings.simulate and run.is_repair:
+    if settings.simulate and run.is_repair and not run.earlier:
         run.base = plant_red_build(run)
 
 
@@ -4129,14 +4743,17 @@ def announce(run: Run, environment: str) -> None:
     """Say what will happen, from where, and which levels of the guard are in force."""
     repo, settings, variant, notes = run.repo, run.settings, run.settings.simulate, []
     on = settings.base or (repo.head_ref or "detached HEAD").removeprefix("refs/heads/")
+    on = f"of {run.earlier.record.name}" if run.earlier else on
     lines, agent = [f"base: {run.base[:12]} ({on})"], one_line(os.environ.get("AGENT_CMD", ""))
     if variant:
         agent = f"simulated, {variant}: {VARIANTS[settings.command][variant]}. It reads no issue."
-    if variant and run.is_repair:
+    if run.earlier:
+        notes.append("this goes on from the work that run left")
+    elif variant and run.is_repair:
         notes.append("a red build is planted on top of the base")
     if not repo.common_dir:
         notes.append("this is no Git repository: a green change is written into the folder")
-    elif run.base != repo.head and not settings.base:
+    elif run.base != repo.head and not settings.base and not run.earlier:
         notes.append("HEAD is on an unmerged proposal; this starts where that one started")
     if not run.bwrap:
         notes.append(f"not refused by the kernel: {run.no_kernel}")
@@ -4155,9 +4772,15 @@ def announce(run: Run, environment: str) -> None:
 
 
 def dry_run(run: Run) -> Ending:
-    settings, limit = run.settings, duration_text(run.settings.agent_timeout)
-    run.console.say(f"  gate: {'; '.join(settings.gate)}")
-    run.console.say(f"  attempts: {settings.attempts}, each at most {limit}")
+    for name, value in run.settings._asdict().items():
+        source = "pyproject.toml" if name in run.lasting else "the default"
+        source = "the command line" if name in run.given else source
+        shown = value or source != "the default"
+        has_it = name.replace("_", "-") in option_names(run.settings.command) - {"dry-run", "json"}
+        if shown and has_it:
+            text = "; ".join(value) if isinstance(value, tuple) else value
+            text = duration_text(value) if isinstance(value, float) else text
+            run.console.say(f"  {name.replace('_', '-')}: {text} ({source})")
     run.console.say(f"  branch: agent/{run.slug} or the next free number\n\nThe brief:\n")
     for line in write_brief(run, None, None).split("\n"):
         run.console.say(f"  │ {line}")
@@ -4169,6 +4792,9 @@ def supervise(run: Run) -> Ending:
     if run.settings.dry_run:
         return dry_run(run)
     run.open_record()
+    if run.issue and run.record:
+        (run.record / "issue").mkdir()
+        run.note(f"issue/{run.slug}.md", run.issue.text)
     return self_heal(run) if run.is_repair else issue_to_pr(run)
 
 
@@ -4209,6 +4835,7 @@ class Signals:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status is the outcome's."""
     words, signals = list(sys.argv[1:] if argv is None else argv), Signals()
+    several: dict[str, Any] | None = None
     if not words:
         build_parser().print_help()
         return OUTCOMES["refused"]
@@ -4221,11 +4848,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = vars(build_parser().parse_args(words))
             run = Run(settings_of(given), find_repo(Path()), console, signals)
             run.given = {k: v for k, v in given.items() if k not in ("command", "issue")}
-            ending = supervise(run)
+            several = run_several(run) if len(run.settings.issue) > 1 else None
+            ending = Ending("", "", 0) if several else supervise(run)
         except (Interrupted, Refusal, OSError) as error:
             ending = stop(run, error)
         signals.shielded = True
-        report = finish(run, ending)
+        report = several or finish(run, ending)
     except Exception:  # noqa: BLE001  (the last resort)
         report = report_fault(run)
     finally:

@@ -77,7 +77,7 @@ def test_unusable_issue_is_refused(refused: Refused, tmp_path: Path) -> None:
         told = refused("issue-to-pr", str(tmp_path / "x.md"))
         assert says in told and "x.md" in told
     for name in ("missing.md", "..", "issue.md/x"):
-        assert "give the path" in refused("issue-to-pr", name)
+        assert "give the path of a file" in refused("issue-to-pr", name)
     assert "on standard input is empty" in refused("issue-to-pr", "-")
     closed = ["sh", "-c", 'exec "$@" <&-', "sh"]
     assert "on standard input" in refused("issue-to-pr", "-", under=closed)
