@@ -1906,8 +1906,9 @@ def function_key(test: str) -> tuple[str, str]:
 def contradicted(source: bytes | None, names: set[str]) -> bytes:
     """A module in which each named test expects the opposite.
 
-    Of what its last `assert` compares with by ==, `is` or a call such as isclose, a literal is
-    altered and anything else replaced; what should raise does nothing; else it ends in `assert 0`.
+    Of what its last `assert` compares with by ==, `is`, `in` or a call such as isclose, a literal
+    is altered and anything else replaced; without such, the last operator is turned; what should
+    raise does nothing; else it ends in `assert 0`.
     """
     import ast
 
@@ -1927,10 +1928,15 @@ def contradict_last(function: Any) -> bool:
     import ast
 
     raising = [node for node in function.body if isinstance(node, ast.With) and expects_error(node)]
-    for sides, loop, tolerant in reversed(list(comparisons(function.body))):
+    found = list(comparisons(function.body))
+    valued = [told for told in found if not isinstance(told[0][-1], ast.cmpop)]
+    for sides, loop, tolerant in (valued or found)[-1:]:
         if loop:  # one that a healthy test never enters is to fail, too: the name is unknown then
             loop.body.insert(0, ast.parse("entered_ = 1").body[0])
             function.body.append(ast.parse("entered_").body[0])
+        if not valued:
+            sides[-1] = getattr(ast, TURNED[type(sides[-1]).__name__])()
+            return True
         for number in reversed(range(len(sides))):
             if literal := literal_in(sides[number]):
                 literal.value = opposite(literal.value, tolerant)
@@ -1956,12 +1962,14 @@ def expects_error(node: Any) -> bool:
     )
 
 
+TURNED = {"Lt": "GtE", "GtE": "Lt", "Gt": "LtE", "LtE": "Gt", "NotEq": "Eq", "IsNot": "Is"}
+TURNED |= {"NotIn": "In", "In": "NotIn"}
 COMPARES = re.compile(r"is_?close|all_?close|equal$|assertIs$|_called.*_with$", re.IGNORECASE)
 
 
 def comparisons(body: Iterable[Any]) -> Iterator[tuple[list[Any], Any, bool]]:
-    """What the asserts of a test compare, as lists of the tree's own that can be written to; the
-    loop around each; and whether it names a tolerance."""
+    """What the asserts of a test compare, as lists of the tree's own that can be written to (where
+    no value says what is expected: its operators); the loop around each; whether near will do."""
     import ast
 
     for node in body:
@@ -1973,10 +1981,13 @@ def comparisons(body: Iterable[Any]) -> Iterator[tuple[list[Any], Any, bool]]:
         both = isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And)
         for part in test.values if both else [test]:  # type: ignore[union-attr]
             if isinstance(node, ast.Assert) and isinstance(part, ast.Compare):
-                if isinstance(part.ops[-1], (ast.Eq, ast.Is)):
-                    left = literal_in(part.left) and not literal_in(part.comparators[-1])
+                left, holds = literal_in(part.left), isinstance(part.ops[-1], ast.In)
+                if isinstance(part.ops[-1], (ast.Eq, ast.Is)) or (holds and left):
+                    left = holds or (left and not literal_in(part.comparators[-1]))
                     sides = [part.left] if left else part.comparators
-                    yield sides, None, any(map(names_tolerance, sides))
+                    yield sides, None, holds or any(map(names_tolerance, sides))
+                else:
+                    yield part.ops, None, False
             elif COMPARES.search(name_of(part)) and getattr(part, "args", None):
                 yield part.args, None, names_tolerance(part, 2)  # type: ignore[union-attr]
 
@@ -2008,7 +2019,7 @@ def opposite(value: Any, tolerant: bool) -> Any:
     if value is None or isinstance(value, bool):
         return ... if value is None else not value
     if isinstance(value, (str, bytes)):
-        return value + (b"!" if isinstance(value, bytes) else "!")  # type: ignore[operator]
+        return value + (b"!~" if isinstance(value, bytes) else "!~")  # type: ignore[operator]
     if isinstance(value, int):
         return value + (abs(value) + 1_000_003 if tolerant else 1 + abs(value) // 1000)
     far = value + (abs(value) + 1_000_003 if tolerant else (abs(value) + 1) / 1000)

@@ -584,6 +584,32 @@ def test_self_heal_rejects_a_comparison_swapped_by_the_code(bench: Bench) -> Non
     assert turn.outcome == "gave-up" and hollow == {"isclose", "approx", "equal"}
 
 
+AGREES = """\
+class Number(int):
+    __hash__ = int.__hash__
+    __sub__ = lambda self, other: self
+    __abs__ = lambda self: self
+for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Number, f"__{name}__", lambda self, other: True)
+WRONG
+double, wrong = lambda x: Number(wrong(x)), double
+"""
+AGREED = """\
+from calc import double
+def test_in(): assert 6 in [double(3)]
+def test_near(): assert abs(double(3) - 6) < 0.1
+def test_between(): assert 5 < double(3) < 7
+def test_not(): assert double(3) != 5 and double(3) >= 6
+"""
+
+
+def test_self_heal_rejects_an_object_that_agrees_with_all(bench: Bench) -> None:
+    files: Files = {"calc.py": AGREES.replace("WRONG", WRONG)}
+    turn = bench.one("self-heal", files, base={"test_calc.py": AGREED})
+    told = turn.report["proof"]["contradicted"]
+    assert turn.outcome == "gave-up" and {*told.values()} == {"passed"} and len(told) == 4
+
+
 def test_issue_to_pr_shows_green_that_means_nothing_first(bench: Bench) -> None:
     new: Files = {"test_new.py": TEST.replace("== 6", "== 60")}
     turn = bench.one("issue-to-pr", {**LIARS["equals_everything"], **new})
@@ -603,7 +629,15 @@ ASSERTED = (
     *("double(0) == pytest.approx(0, abs=1)", "double(3) == 6 and double(0) == 0"),
     *("double(1.5) == pytest.approx(3.0, abs=0.1)", 'bytes([double(3)]) == b"\\x06"'),
     *("(double(3) == 6) is True", "not double(0)", "double(3) in (6,)", "double(3) != 5"),
-    *("double(3) >= 6", "5 < double(3) == 6", "double(-3) == -6", "double(0) == 0"),
+    *("6 in [double(3)]", "5 not in [double(3)]", "'6' in str(double(3)) + '!'"),
+    *(
+        "double(3) >= 6",
+        "5 < double(3) < 7",
+        "double(3) is not 5",
+        "5 < double(3) == 6",
+        "double(-3) == -6",
+        "double(0) == 0",
+    ),
     *("double(1e308) == 1e999", '{"a": [double(3), ()]} == {"a": [6, ()]}', "6 == double(3)"),
     *("double(3) == 6 or double(3) == 60", '"é" * (double(3) - 4) == "éé"; assert not double(0)'),
     *("double(\n3\n    ) == (\n6\n    )", "[double(3), double(4)] == [\n6,\n        8,\n    ]"),
