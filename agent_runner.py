@@ -351,134 +351,6 @@ def make_issue(name: str, data: bytes, what: str) -> Issue:
     return Issue(title, text, slug_of(title if name == "-" else Path(name).stem), hidden, reference)
 
 
-TOOLS = {  # a kind of forge -> its tool's command for an issue, its API, the tokens a user may set
-    "github": (
-        "gh issue view {address} --json author,body,comments,title,url",
-        "{api}/repos/{repo}/issues/{number}",
-        ("GH_TOKEN", "GITHUB_TOKEN"),
-    ),
-    "gitlab": (
-        "glab issue view {address} --comments --output json",
-        "{server}/api/v4/projects/{project}/issues/{number}",
-        ("GITLAB_TOKEN",),
-    ),
-    "forgejo": (
-        "tea issues {number} --repo {repo} --comments --output json",
-        "{server}/api/v1/repos/{repo}/issues/{number}",
-        ("FORGEJO_TOKEN", "GITEA_TOKEN"),
-    ),
-}
-PROBLEMS = {  # of a request, by its status
-    401: "the token that is set is not accepted",
-    403: "it is not open to you, or too many were asked for without a token",
-    404: "it is not there, or not open to all",
-    429: "too many were asked for; wait",
-}
-
-
-def issue_address(run: Run, name: str) -> str:
-    """The address of an issue, which may be named by its number in this repository's forge."""
-    web = web_address(find_remotes(run)[2])
-    if not name.isdigit():
-        return name
-    if not web:
-        text = "leads to no forge's address; give the issue's own address, or a file"
-        raise Refusal(f"issue {name}: the remote of this repository {text}.")
-    return f"{web}/issues/{name}"
-
-
-def fetch_issue(run: Run, address: str) -> Issue:
-    """An issue with its comments, through the forge's tool, or one of the requests of its API."""
-    from urllib.parse import quote
-
-    match = re.fullmatch(r"(https?://([^/@]+))/([^?#]+?)(/-)?/issues/(\d+)/?([?#].*)?", address)
-    if not match:
-        raise Refusal(f"{address} is no issue's address (…/issues/12); give that, or a file.")
-    server, host, repo, number = match[1], match[2], match[3], match[5]
-    gitlab = match[4] or "gitlab" in host or (run.repo.top / ".gitlab-ci.yml").exists()
-    kind = "github" if "github" in host else "gitlab" if gitlab else "forgejo"
-    command, form, names = TOOLS[kind]
-    api = "https://api.github.com" if host == "github.com" else f"{server}/api/v3"
-    values = {"address": address, "server": server, "repo": repo, "number": number, "api": api}
-    values |= {"project": quote(repo, safe="")}
-    data = ask_tool([word.format(**values) for word in command.split()], host)
-    if not data:
-        known = {urlsplit_host(url) for url in run.addresses} | {f"{kind}.com", "codeberg.org"}
-        safe = host in known and (server[:5] == "https" or host[:9] in ("127.0.0.1", "localhost"))
-        token = next(filter(None, map(os.environ.get, names)), "") if safe else ""
-        data = ask_forge(form.format(**values), token, names[0])
-        if data.get("comments") or data.get("user_notes_count"):
-            place = "notes?sort=asc&" if kind == "gitlab" else "comments?"
-            place = f"{form.format(**values)}/{place}per_page=100"
-            data["comments"] = ask_forge(place, token, names[0])
-    return issue_of(data, address, number)
-
-
-def issue_of(data: Any, address: str, number: str) -> Issue:
-    """An issue made of what a forge or its tool tells."""
-    title = one_line(str(data.get("title") or f"Issue {number}"), 120)
-    comments = data.get("comments") or data.get("Notes") or []
-    parts = [f"# {title}\n\n{data.get('body') or data.get('description') or ''}"]
-    for comment in comments if isinstance(comments, list) else ():
-        if not comment.get("system"):  # GitLab books labels and the like as notes
-            parts.append(f"## Comment by {author_of(comment)}\n\n{comment.get('body') or ''}")
-    parts[0] += f"\n\n(Opened by {author_of(data)})"
-    text = "\n\n".join(parts) + "\n"
-    issue = make_issue(title, text.encode("utf-8", "replace"), f"the issue {address}")
-    return issue._replace(title=title, slug=slug_of(f"{number}-{title}"), reference=address)
-
-
-def author_of(data: Any) -> str:
-    told = data.get("author") or data.get("user") or "somebody"
-    if isinstance(told, dict):
-        told = told.get("login") or told.get("username") or "somebody"
-    return one_line(str(told), 60)
-
-
-def urlsplit_host(address: str) -> str:
-    return web_address(address).partition("://")[2].partition("/")[0]
-
-
-def ask_tool(argv: list[str], host: str) -> Any:
-    """What a forge's tool tells of an issue; nothing where it is not there, or knows another."""
-    if not shutil.which(argv[0]):
-        return None
-    with contextlib.suppress(ValueError, AttributeError):
-        data = json.loads(call(argv, limit=60)[1])
-        told = data.get("url") or data.get("web_url") or data.get("html_url") or ""
-        return data if host in told.split("/") else None
-    return None
-
-
-def ask_forge(url: str, token: str, name: str) -> Any:
-    """One request to a forge's API: what it answers, as data."""
-    from urllib import error, request
-
-    class SameHost(request.HTTPRedirectHandler):
-        def redirect_request(
-            self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
-        ) -> Any:
-            if newurl.split("/")[:3] != url.split("/")[:3]:
-                raise Refusal(f"{url} leads to another host; give the issue's address there.")
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    headers = {"Accept": "application/json", "User-Agent": f"agent_runner/{__version__}"}
-    headers |= {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        asked = request.Request(url, headers=headers)
-        with request.build_opener(SameHost).open(asked, timeout=20) as answer:
-            data = answer.read(ISSUE_LIMIT + 1)
-        if len(data) > ISSUE_LIMIT:
-            raise Refusal(f"{url} answers with more than 1 MiB; save the task as a file.")
-        return json.loads(data)
-    except error.HTTPError as told:
-        why = PROBLEMS.get(told.code, f"status {told.code}")
-    except (OSError, ValueError) as told:
-        why = f"the forge cannot be reached or read: {one_line(str(told), 120)}"
-    remedy = f"set {name} to a token that may read it, or save the issue as a file"
-    raise Refusal(f"{url}: {why}; {remedy}.")
-
-
 def read_note(name: str) -> str:
     """A note for the agent: a text, a file that holds it, or `-` for standard input."""
     with contextlib.suppress(OSError, ValueError):  # as a name a text may be too long
@@ -2460,32 +2332,6 @@ FORGES = {  # in the host's name -> its form, and its program's command
 }
 
 
-def web_address(address: str) -> str:
-    """The https address of a repository from its remote's; "" where it is none of a forge's."""
-    address = re.sub(r"^(?:[^@/:]+@)?([\w-]+(\.[\w-]+)+):(?!/)", r"ssh://\1/", address)  # scp-like
-    host = r"(?:(?:alt)?ssh\.(?=git(?:hub|lab)\.com\b))?([^/:\s]+)"  # SSH by another port too
-    match = re.match(rf"(https?|ssh|git)://(?:[^@/]*@)?{host}(:\d+)?/+([^/\s]\S*)$", address)
-    if not match:
-        return ""
-    start = f"{match[1]}://{match[2]}{match[3] or ''}"
-    start = start if match[1].startswith("http") else f"https://{match[2]}"
-    return f"{start}/{match[4].strip('/').removesuffix('.git')}"
-
-
-def find_remotes(run: Run) -> tuple[str, str, str]:
-    """The remote to push to, the one to propose to, and the address of the latter."""
-    config, here = run.repo.config, (run.repo.head_ref or "").removeprefix("refs/heads/")
-    urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
-    tracked = config.get(f"branch.{here}.remote", "")
-    wanted = (config.get("remote.pushdefault", ""), "origin", tracked, *urls)
-    remote = next((name for name in wanted if name in urls), "")
-    into = next((name for name in ("upstream", tracked) if name in urls), remote)
-    pushed, web = (web_address(urls.get(name, "")) for name in (remote, into))
-    if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
-        into = remote
-    return remote, into, urls.get(into, "")
-
-
 def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     """What the person would run, right for the repository's remote: push, then open a draft."""
     from urllib.parse import quote
@@ -3882,6 +3728,174 @@ def borrowed_objects(run: Run) -> list[Path]:
     """The same folders as the processes in a clone see them."""
     own, *others = run.private.objects
     return [own, *(run.folder / f"objects-{n}" if run.bwrap else p for n, p in enumerate(others))]
+
+
+# ------------------------------------------------------------------------------------------ forges
+# An issue is asked for once, before the agent starts: of the forge's own tool, else of its API.
+# Nothing is ever sent to a forge; a token only goes to the host that it is for.
+
+TOOLS = {  # a kind of forge -> its tool's command for an issue, its API, the tokens a user may set
+    "github": (
+        "gh issue view {address} --json author,body,comments,title,url",
+        "{api}/repos/{repo}/issues/{number}",
+        ("GH_TOKEN", "GITHUB_TOKEN"),
+    ),
+    "gitlab": (
+        "glab issue view {address} --comments --output json",
+        "{server}/api/v4/projects/{project}/issues/{number}",
+        ("GITLAB_TOKEN",),
+    ),
+    "forgejo": (
+        "tea issues {number} --repo {repo} --comments --output json",
+        "{server}/api/v1/repos/{repo}/issues/{number}",
+        ("FORGEJO_TOKEN", "GITEA_TOKEN"),
+    ),
+}
+PUBLIC = ("github.com", "gitlab.com", "codeberg.org")
+FETCH_LIMIT = 30  # seconds, for one request
+PROBLEMS = {  # of a request, by its status
+    401: "the token that is set is not accepted",
+    403: "it is not open to you, or too many were asked for without a token",
+    404: "it is not there, or not open to all",
+    429: "too many were asked for; wait",
+}
+
+
+def issue_address(run: Run, name: str) -> str:
+    """The address of an issue, which may be named by its number in this repository's forge."""
+    web = web_address(find_remotes(run)[2])
+    if not name.isdigit():
+        return name
+    if not web:
+        text = "leads to no forge's address; give the issue's own address, or a file"
+        raise Refusal(f"issue {name}: the remote of this repository {text}.")
+    return f"{web}/issues/{name}"
+
+
+def fetch_issue(run: Run, address: str) -> Issue:
+    """An issue with its comments, through the forge's tool, or else its API."""
+    from urllib.parse import quote
+
+    match = re.fullmatch(r"(https?://([^/@]+))/([^?#]+?)(/-)?/issues/(\d+)/?([?#].*)?", address)
+    if not match:
+        raise Refusal(f"{address} is no issue's address (…/issues/12); give that, or a file.")
+    server, host, repo = match[1], match[2], match[3]
+    gitlab = match[4] or "gitlab" in host or (run.repo.top / ".gitlab-ci.yml").exists()
+    kind = "github" if "github" in host else "gitlab" if gitlab else "forgejo"
+    api = "https://api.github.com" if host == "github.com" else f"{server}/api/v3"
+    values = {"address": address, "server": server, "repo": repo, "number": match[5], "api": api}
+    values |= {"project": quote(repo, safe="")}
+    command, form, names = TOOLS[kind]
+    data = ask_tool([word.format(**values) for word in command.split()], host)
+    if not data:
+        token = token_for(run, server, names)
+        data = ask_forge(form.format(**values), token, names[0])
+        if data.get("comments") or data.get("user_notes_count"):
+            place = "notes?sort=asc&" if kind == "gitlab" else "comments?"
+            place = f"{form.format(**values)}/{place}per_page=100"
+            data["comments"] = ask_forge(place, token, names[0])["items"]
+    return issue_of(data, address, match[5])
+
+
+def token_for(run: Run, server: str, names: Iterable[str]) -> str:
+    """The user's token, where this server is a remote of the repository's, or a public forge."""
+    scheme, _, host = server.partition("://")
+    remotes = {web_address(url).partition("://")[2].partition("/")[0] for url in run.addresses}
+    is_known = host in remotes or host in PUBLIC
+    is_safe = scheme == "https" or host.partition(":")[0] in ("127.0.0.1", "localhost")
+    return next(filter(None, map(os.environ.get, names)), "") if is_known and is_safe else ""
+
+
+def issue_of(data: dict[str, Any], address: str, number: str) -> Issue:
+    """An issue made of what a forge or its tool tells."""
+    title = one_line(str(data.get("title") or f"Issue {number}"), 120)
+    parts = [f"# {title}", str(data.get("body") or data.get("description") or "")]
+    parts.append(f"(Opened by {author_of(data)})")
+    comments = data.get("comments") or data.get("Notes")
+    for comment in comments if isinstance(comments, list) else ():
+        if isinstance(comment, dict) and not comment.get("system"):  # as GitLab books labels
+            parts.append(f"## Comment by {author_of(comment)}\n\n{comment.get('body') or ''}")
+    text = "\n\n".join(parts) + "\n"
+    issue = make_issue(title, text.encode("utf-8", "replace"), f"the issue {address}")
+    return issue._replace(title=title, slug=slug_of(f"{number}-{title}"), reference=address)
+
+
+def author_of(data: dict[str, Any]) -> str:
+    told = data.get("author") or data.get("user") or "somebody"
+    if isinstance(told, dict):
+        told = told.get("login") or told.get("username") or "somebody"
+    return one_line(str(told), 60)
+
+
+def ask_tool(argv: list[str], host: str) -> dict[str, Any]:
+    """What a forge's tool tells of an issue; nothing where it is not there, or knows another."""
+    if not shutil.which(argv[0]):
+        return {}
+    with contextlib.suppress(ValueError):
+        data = json.loads(call(argv, limit=FETCH_LIMIT)[1])
+        told = data if isinstance(data, dict) else {}
+        places = (told.get(key) for key in ("url", "web_url", "html_url"))
+        return told if any(host in str(place).split("/") for place in places) else {}
+    return {}
+
+
+def ask_forge(url: str, token: str, name: str) -> dict[str, Any]:
+    """One request to a forge's API: the object that it answers with, or its list as `items`."""
+    from http.client import HTTPException
+    from urllib import error, request
+
+    class SameHost(request.HTTPRedirectHandler):
+        def redirect_request(self, *how: Any) -> Any:
+            if how[-1].split("/")[:3] != url.split("/")[:3]:
+                raise Refusal(f"{url} leads to another host; give the issue's address there.")
+            return super().redirect_request(*how)
+
+    headers = {"Accept": "application/json", "User-Agent": f"agent_runner/{__version__}"}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    data, end = b"", time.monotonic() + FETCH_LIMIT
+    try:
+        asked = request.Request(url, headers=headers)
+        with request.build_opener(SameHost).open(asked, timeout=FETCH_LIMIT / 2) as answer:
+            while (chunk := answer.read1(1 << 16)) and len(data) <= ISSUE_LIMIT:
+                data += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError(f"took longer than {FETCH_LIMIT} s")
+        if len(data) > ISSUE_LIMIT:
+            raise Refusal(f"{url} answers with more than 1 MiB; save the task as a file.")
+        told = json.loads(data)
+        return told if isinstance(told, dict) else {"items": told}
+    except error.HTTPError as problem:
+        why = PROBLEMS.get(problem.code, f"status {problem.code}")
+    except (OSError, ValueError, RecursionError, HTTPException) as problem:
+        why = f"the forge cannot be reached or read: {one_line(str(problem), 120)}"
+    remedy = f"set {name} to a token that may read it, or save the issue as a file"
+    raise Refusal(f"{url}: {why}; {remedy}.")
+
+
+def web_address(address: str) -> str:
+    """The https address of a repository from its remote's; "" where it is none of a forge's."""
+    address = re.sub(r"^(?:[^@/:]+@)?([\w-]+(\.[\w-]+)+):(?!/)", r"ssh://\1/", address)  # scp-like
+    host = r"(?:(?:alt)?ssh\.(?=git(?:hub|lab)\.com\b))?([^/:\s]+)"  # SSH by another port too
+    match = re.match(rf"(https?|ssh|git)://(?:[^@/]*@)?{host}(:\d+)?/+([^/\s]\S*)$", address)
+    if not match:
+        return ""
+    start = f"{match[1]}://{match[2]}{match[3] or ''}"
+    start = start if match[1].startswith("http") else f"https://{match[2]}"
+    return f"{start}/{match[4].strip('/').removesuffix('.git')}"
+
+
+def find_remotes(run: Run) -> tuple[str, str, str]:
+    """The remote to push to, the one to propose to, and the address of the latter."""
+    config, here = run.repo.config, (run.repo.head_ref or "").removeprefix("refs/heads/")
+    urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
+    tracked = config.get(f"branch.{here}.remote", "")
+    wanted = (config.get("remote.pushdefault", ""), "origin", tracked, *urls)
+    remote = next((name for name in wanted if name in urls), "")
+    into = next((name for name in ("upstream", tracked) if name in urls), remote)
+    pushed, web = (web_address(urls.get(name, "")) for name in (remote, into))
+    if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
+        into = remote
+    return remote, into, urls.get(into, "")
 
 
 # -------------------------------------------------------------------------------------- processes
