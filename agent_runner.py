@@ -22,6 +22,11 @@ from __future__ import annotations
 
 import sys
 
+if (  # Python before 3.8 stops at this line, and shows it
+    NEEDS := "agent_runner.py needs Python 3.10 or later; start it with one, such as python3.12"
+) and sys.version_info < (3, 10):
+    print(NEEDS, file=sys.stderr)
+    sys.exit(3)
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]  # this file's folder: a random.py there would be imported for Python's own
 

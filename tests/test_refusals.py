@@ -117,6 +117,23 @@ def test_bad_argument_is_refused_with_its_remedy(refused: Refused, words: str, s
     assert says in refused(*shlex.split(words))
 
 
+def old_pythons() -> list[str]:
+    """Those beside the one that runs this, as version managers keep them, or on PATH."""
+    places = Path(sys.base_prefix).parent.glob("[23].*/bin/python")
+    found = [str(path) for path in places if re.search(r"/(2\.\d|3\.[6-9])\.", str(path))]
+    return found or [path for n in range(7, 10) if (path := shutil.which(f"python3.{n}"))]
+
+
+@pytest.mark.skipif(not old_pythons(), reason="no Python before 3.10 here")
+def test_old_python_gets_one_sentence(repo: Repository) -> None:
+    for python in old_pythons():
+        words = [python, str(PROGRAM), "issue-to-pr", "issue.md", "--simulate", "good"]
+        done = subprocess.run(words, cwd=repo.path, capture_output=True)
+        assert b"needs Python 3.10 or later; start it with one" in done.stderr, python
+        if re.search(r"3\.[89]\b", python):  # before that, as the text of a syntax error
+            assert (done.returncode, done.stderr.count(b"\n")) == (3, 1)
+
+
 def test_json_reports_a_refusal_and_no_arguments_print_the_help(repo: Repository) -> None:
     before, result = everything(repo.path), repo.run("issue-to-pr", "missing.md", "--json")
     report = result.report
