@@ -38,6 +38,7 @@ def settled(text: str) -> str:
     """A session without what differs from run to run: times, commits, folders."""
     text = re.sub(r"\b\d+(\.\d+)? (s|min)\b", "0.0 s", text)
     text = re.sub(r"base: [0-9a-f]{12}", "base: 0", text)
+    text = re.sub(r"\S*/agent_runner\.py", "agent_runner.py", text)
     text = re.sub(r"\d{8}-\d{6}", "0", re.sub(r"\S*/\.git/agent-runner", ".git/agent-runner", text))
     return re.sub(r"(0\.0 s )+0\.0 s", "0.0 s", text).strip()
 
