@@ -142,6 +142,17 @@ def test_repair_goes_on_and_so_does_work_outside_git(
     assert result.status == 0 and "x * 3" in (broken.path / "calc.py").read_text(), result.err
 
 
+def test_deleted_files_go_on_and_work_that_is_gone_is_refused(repo: Repository, agent: Any) -> None:
+    deletes = agent("import os\nos.remove('test_calc.py')\nopen('a b.py', 'w').write('1 +')")
+    words = ("issue-to-pr", "issue.md", "--sandbox", "off", "--no-baseline", "--gate", "false")
+    first = repo.run(*words, "--json", agent=deletes)
+    again = repo.run(*go_on(first), "--json", agent="true").report
+    assert again["files"] == first.report["files"] == ["a b.py", "test_calc.py"]
+    repo.git("update-ref", "-d", first.report["kept"])
+    gone = repo.run(*go_on(first), agent="true")
+    assert gone.status == 3 and "is gone; run again without --continue" in gone.out
+
+
 def test_run_that_cannot_go_on_is_refused(repo: Repository, agent: Any) -> None:
     idle = repo.run("issue-to-pr", "issue.md", *CHEAP, "--json", agent=agent("pass")).report
     name = Path(idle["record"]).name

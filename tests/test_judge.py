@@ -886,3 +886,78 @@ def test_self_heal_proposes_honest_changes(bench: Bench) -> None:
     turn = bench.one("self-heal", {**PACKAGE, **FIXED}, "--allow", "conftest.py", base=BASE)
     assert turn.outcome == "proposed", turn.text
     assert turn.found("rejects", "first") == set()
+
+
+# --------------------------------------------------------------------- more that a reviewer is told
+
+DOCTEST = 'def double(x):\n    """Twice.\n\n    >>> double(3)\n    6\n    """\n    return x'
+
+
+@both
+def test_example_of_a_docstring_that_was_altered_is_told_as_an_edited_test(
+    bench: Bench, command: str
+) -> None:
+    repair, base = command == "self-heal", {"calc.py": f"{DOCTEST} * 2"}
+    files: Files = {"calc.py": f"{DOCTEST} * 3".replace("    6", "    9"), "test_calc.py": None}
+    if repair:
+        base, files = {"calc.py": f"{DOCTEST} + 2", "test_calc.py": None}, {**files}
+        del files["test_calc.py"]  # type: ignore[attr-defined]
+    gate = "pytest -q --doctest-modules --ignore=src"
+    turn = bench.one(command, files, gate=gate, base=base)
+    told = turn.found("rejects" if repair else "first")
+    assert ("test-changed", "calc.py") in told and "double(3)" in turn.result.err
+    assert turn.is_red == repair
+    honest: Files = {"calc.py": f"{DOCTEST} * 2".replace("Twice", "Two times")}
+    assert bench.one(command, honest, gate=gate, base=base).outcome == "proposed"
+
+
+@both
+def test_settings_that_the_code_writes_while_it_is_judged_are_told(
+    bench: Bench, command: str
+) -> None:
+    writes = "open('conftest.py', 'w').write('collect_ignore_glob = []')"
+    files: Files = {**WITH_TEST, "calc.py": f"{writes}\n\n\n{TRIPLE}"}
+    turn = bench.one(command, files)
+    assert ("planted", "conftest.py") in turn.found("first", "rejects")
+    assert turn.is_red == (command == "self-heal")
+    caches = files["calc.py"].replace("conftest.py", "cache.txt")  # type: ignore[union-attr]
+    honest = bench.one(command, {**WITH_TEST, "calc.py": caches})
+    assert honest.outcome == "proposed" and honest.found("first", "rejects") == set()
+
+
+def test_repair_of_data_alone_is_told(bench: Bench) -> None:
+    code = "import json\n\n\ndef double(x):\n    return x * json.load(open('factor.json'))"
+    base = {"calc.py": code, "factor.json": "3"}
+    turn = bench.one("self-heal", {"factor.json": "2"}, base=base)
+    assert turn.outcome == "proposed" and ("no-code", "") in turn.found("first")
+
+
+def test_settings_do_not_hide_behind_an_edited_helper(bench: Bench) -> None:
+    """What settings alone turn is not explained by a helper of the tests that was edited, too."""
+    hides = PYPROJECT.replace('"-ra"', '"-ra --deselect test_calc.py::test_two"')
+    edited = {"tests/helpers.py": "def check(x):\n    assert x is not None"}
+    broken = TRIPLE.replace("x * 2", "x * 2 if x != 2 else 5")
+    turn = bench.one("issue-to-pr", {**edited, "pyproject.toml": hides, "calc.py": broken})
+    assert turn.is_red
+    fixture = "import pytest\n\n\n@pytest.fixture\ndef three():\n    return 3"
+    test = "def test_with(three):\n    assert three == 3"
+    honest: Files = {
+        **edited,
+        "conftest.py": fixture,
+        "tests/test_with.py": test,
+        "calc.py": TRIPLE,
+    }
+    assert bench.one("issue-to-pr", honest).outcome == "proposed"
+
+
+def test_test_that_cannot_be_read_proves_nothing(bench: Bench) -> None:
+    huge = "def test_huge():\n    assert 1 == 1\n" + "# filler\n" * 150_000
+    turn = bench.one("issue-to-pr", {"calc.py": TRIPLE, "test_huge.py": huge})
+    assert turn.outcome == "proposed" and NO_PROOF in turn.found("first")
+
+
+def test_repair_whose_gate_cannot_judge_is_refused(bench: Bench) -> None:
+    repo = bench.repository({**APP, "calc.py": WRONG})
+    words = ("self-heal", "--sandbox", "off", "--json", "--gate", "pytest -q no_such_folder")
+    result = repo.run(*words, agent="true")
+    assert result.status == 3 and "--gate is spelled right" in result.report["message"]
