@@ -7,6 +7,7 @@ import os
 import py_compile
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -60,6 +61,11 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A HOME, a cache, a Git configuration and an environment of the test's own."""
     isolate(monkeypatch, tmp_path / "home")
     return tmp_path / "home"
+
+
+def heed_signals() -> None:
+    """In a child: these tests may run under nohup, which has their children ignore a hang-up."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Result(NamedTuple):
@@ -120,9 +126,8 @@ class Repository:
         start = ["-c", STARTER] if program == PROGRAM else [str(program)]
         argv = [*under, sys.executable, *start, *words]
         place, given = self.path / cwd, stdin.encode()
-        done = subprocess.run(
-            argv, cwd=place, env=environ, capture_output=True, input=given, timeout=120
-        )
+        how: dict[str, Any] = {"capture_output": True, "input": given, "timeout": 120}
+        done = subprocess.run(argv, cwd=place, env=environ, preexec_fn=heed_signals, **how)
         out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
         return Result(done.returncode, out, err)
 

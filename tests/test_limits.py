@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from conftest import CHEAP_GATE, LEVELS, STARTER, Repository, Result, bwrap_works
+from conftest import CHEAP_GATE, LEVELS, STARTER, Repository, Result, bwrap_works, heed_signals
 
 ISSUE = ("issue-to-pr", "issue.md", "--no-baseline")
 CHEAP = (*ISSUE, "--no-switch", "--gate", CHEAP_GATE)
@@ -90,7 +90,8 @@ def left_behind(place: Path) -> list[Path]:
 
 def start(repo: Repository, *words: str, output: Any, **env: str) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-c", STARTER, *words]
-    options = {"stdout": output, "stderr": subprocess.STDOUT}
+    options: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
+    options |= {"preexec_fn": heed_signals}
     return subprocess.Popen(argv, cwd=repo.path, env=os.environ | env, **options)
 
 
