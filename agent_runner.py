@@ -2844,6 +2844,8 @@ def machine_args(run: Run, *, writable: bool) -> list[str]:
     free = [Path(place).resolve() for place in places if place]
     ground = [path for path in judge_ground(run) if path.resolve() not in (*home.parents, *free)]
     settings = [home / ".gitconfig", in_home(".config/git"), in_home(".config/ruff"), repo.hooks]
+    steps = Path(os.environ.get("RUNNER_TEMP") or "/").resolve()  # of a forge's runner, yet to come
+    settings += [] if any(path.is_relative_to(steps) for path in free) else [steps]
     folders = [folder for folder in (repo.common_dir, repo.git_dir) if folder]
     links = [path for folder in folders for path in folder.iterdir() if path.is_symlink()]
     given = [run.start / os.path.expanduser(path) for path in run.settings.writable]

@@ -431,7 +431,7 @@ stores = [HOME / name for name in STORES.split()]
 told["stores"] = [str(path) for path in stores if path.exists() and path.read_text()]
 ground = (os.path.dirname(os.path.realpath(sys.executable)), sys.prefix, HOME / ".local/lib",
           HOME / ".config/git", place / "bin", place / "hooks", REAL + "/.venv", "/usr/bin",
-          place / "remote.git/refs/heads")
+          place / "remote.git/refs/heads", HOME / "runner")
 told["ground"] = [str(path) for path in ground if can_write(f"{path}/planted")]
 free = (HOME, HOME / ".cache", HOME / ".cargo/registry", os.environ["TMPDIR"], place / "free")
 told["free"] = [can_write(f"{path}/planted") for path in free]
@@ -439,6 +439,7 @@ run("own", ("bwrap", "--unshare-user"), "--ro-bind / / --dev /dev --proc /proc t
 """
 PREPARE = """
 cd ..; mkdir -p home/.local/lib home/.config/git home/.cache/agent-runner/other hooks free bin
+mkdir home/runner
 for store in {stores}; do mkdir -p home/$(dirname $store); echo secret >home/$store; done
 printf '#!/bin/sh\\n' >bin/checker; chmod 755 bin/checker
 """
@@ -460,6 +461,7 @@ def test_under_the_kernel_level_no_way_leads_out_of_the_clone(
         login.bind(str(tmp_path / "login"))
         login.listen()
         env = {"PATH": path, "SSH_AUTH_SOCK": str(tmp_path / "login")}
+        env |= {"RUNNER_TEMP": str(tmp_path / "home/runner")}
         result = act(busy, agent, code, *words, env=env)
     assert proposed(busy, result) == ["calc.py"]
     assert difference(busy.path, before) == set() and result.report["moved"] == []
