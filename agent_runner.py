@@ -2239,22 +2239,30 @@ def headline(ending: Ending) -> str:
 
 def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
     lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {headline(ending)}"]
-    if ending.outcome != "proposed":
-        if run.turns and run.turns[-1].failed:
-            said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
-            lines += [f"  agent │ {line}" for line in said[-10:]]
-        for check in ending.verdict.checks if ending.verdict else ():
-            if not check.passed and (told := telling_lines(check.output)):
-                lines += ["", f"{check.name} is red:"]
-                lines += [f"  │ {line}" for line in told.split("\n")]
+    for title, text in telling_outputs(run, ending):
+        lines += ["", f"{title}:", *(f"  │ {line}" for line in text.split("\n"))]
     for title, rows in tell_story(run, ending):
         lines += ["", f"{title}:", *(f"  {mark} {text}" for mark, text in rows)]
     if steps:
-        yours = ending.outcome == "proposed"
-        lines += ["", "It is yours now:" if yours else "The agent's work is kept:"]
+        lines += ["", f"{whose_now(ending)}:"]
         lines += [f"  {what + ':':15} {command}" for what, command in steps]
     text = f" (the text for the pull request: {run.record}/pr.md)" if ending.branch else ""
     return lines + (["", f"Record: {run.record}{text}"] if run.record else [])
+
+
+def whose_now(ending: Ending) -> str:
+    return "It is yours now" if ending.outcome == "proposed" else "The agent's work is kept"
+
+
+def telling_outputs(run: Run, ending: Ending) -> list[tuple[str, str]]:
+    """What an agent that failed said last, and the telling lines of red checks, with titles."""
+    told = []
+    if run.turns and run.turns[-1].failed:
+        said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
+        told.append(("the agent's last lines", "\n".join(said[-10:])))
+    for check in ending.verdict.checks if ending.verdict else ():
+        told += [] if check.passed else [(f"{check.name} is red", telling_lines(check.output))]
+    return [(title, text) for title, text in told if text]
 
 
 def telling_lines(output: str) -> str:

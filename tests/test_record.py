@@ -164,7 +164,7 @@ def test_record_and_ending_tell_what_was_asked_answered_and_judged(runs: Runs) -
     for text in (note(rejected, "gate-1-pytest.log"), rejected.err.rpartition("(exit 1)")[2]):
         assert "assert 6 == 9" in text
     assert note(failed, "agent-1.log") == "no credit left\n"
-    assert "agent │ no credit left" in failed.err.rpartition("(exit 4)")[2]
+    assert "│ no credit left" in failed.err.rpartition("(exit 4)")[2]
     traceback = Path(re.findall(r"/\S+", runs["fault"][1].report["message"])[-1])
     assert "Traceback" in traceback.read_text(encoding="utf-8")
     traceback.unlink()
