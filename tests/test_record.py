@@ -142,6 +142,7 @@ def test_each_outcome_has_its_status_and_report(runs: Runs, name: str, tmp_path:
     assert report["exit_code"] == status and list(misfits(report)) == []
     assert result.out == json.dumps(report, indent=2) + "\n"
     assert not report["record"] or note(result, "report.json") == result.out
+    assert bool(report["page"]) == bool(report["record"] and name != "fault")
     told = re.findall(r"^([A-Z-]+) \(exit (\d+)\): (.*)", result.err, re.MULTILINE)
     word = "FAULT" if name == "fault" else (outcome or "").upper()
     assert told == ([(word, str(status), report["message"])] if word else [])
