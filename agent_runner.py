@@ -2483,7 +2483,7 @@ def write_page(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> str:
     for title, rows in sorted(story, key=lambda section: not section[0].startswith(early)):
         html += f"<h2>{title}</h2><ul>"
         for mark, text in rows:
-            html += f'<li><b class="{COLOURS.get(mark, "")}">{mark}</b> {page_text(run, text)}</li>'
+            html += f'<li><b class="{COLOURS.get(mark, "")}">{mark}</b>&nbsp;{page_text(run, text)}'
         html += "</ul>" + page_diff(run) * (title == "Files")
     html += f"<h2>{whose_now(ending)}</h2>{page_blocks(run, steps)}" if steps else ""
     notes = [note for note in run.notes.items() if re.match("(brief|agent|gate)-", note[0])]
