@@ -2402,8 +2402,8 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
 
 
 # ------------------------------------------------------------------------------ ending and record
-# One story of the run, told three times: on the terminal, as the pull request's text, and in
-# report.json. Only what was run is claimed.
+# One story of the run, told on the terminal, as the pull request's text, in report.json and as a
+# page (see "page"). Only what was run is claimed.
 
 MARKS = {"rejects": "✗", "first": "!", "shown": "·"}
 FILE_WORDS = {"A": "added", "D": "deleted", "M": "changed", "R": "renamed", "T": "retyped"}
@@ -2469,22 +2469,31 @@ def headline(ending: Ending) -> str:
 
 def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
     lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {headline(ending)}"]
-    if ending.outcome != "proposed":
-        if run.turns and run.turns[-1].failed:
-            said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
-            lines += [f"  agent │ {line}" for line in said[-10:]]
-        for check in ending.verdict.checks if ending.verdict else ():
-            if not check.passed and (told := telling_lines(check.output)):
-                lines += ["", f"{check.name} is red:"]
-                lines += [f"  │ {line}" for line in told.split("\n")]
+    for title, text in telling_outputs(run, ending):
+        lines += ["", f"{title}:", *(f"  │ {line}" for line in text.split("\n"))]
     for title, rows in tell_story(run, ending):
         lines += ["", f"{title}:", *(f"  {mark} {text}" for mark, text in rows)]
     if steps:
-        yours = ending.outcome == "proposed"
-        lines += ["", "It is yours now:" if yours else "The agent's work is kept:"]
+        lines += ["", f"{whose_now(ending)}:"]
         lines += [f"  {what + ':':15} {command}" for what, command in steps]
-    text = f" (the text for the pull request: {run.record}/pr.md)" if ending.branch else ""
-    return lines + (["", f"Record: {run.record}{text}"] if run.record else [])
+    text = "; the text for the pull request: pr.md" if ending.branch else ""
+    record = f"Record: {run.record} (open page.html in a browser{text})"
+    return lines + (["", record] if run.record else [])
+
+
+def whose_now(ending: Ending) -> str:
+    return "It is yours now" if ending.outcome == "proposed" else "The agent's work is kept"
+
+
+def telling_outputs(run: Run, ending: Ending) -> list[tuple[str, str]]:
+    """What an agent that failed said last, and the telling lines of red checks, with titles."""
+    told = []
+    if run.turns and run.turns[-1].failed:
+        said = [line for line in plain(run.turns[-1].ran.output).split("\n") if line.strip()]
+        told.append(("the agent's last lines", "\n".join(said[-10:])))
+    for check in ending.verdict.checks if ending.verdict else ():
+        told += [] if check.passed else [(f"{check.name} is red", telling_lines(check.output))]
+    return [(title, text) for title, text in told if text]
 
 
 def telling_lines(output: str) -> str:
@@ -2563,6 +2572,7 @@ def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict
         "moved": [moved._asdict() for moved in run.moved],
         "mentions": [*(verdict.notes if verdict else ()), *run.mentions],
         "record": run.record and str(run.record),
+        "page": f"{run.record}/page.html" if "page.html" in run.notes else None,
     }
 
 
@@ -2582,12 +2592,14 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
         run.record = None
     mention_the_rest(run, ending)
     steps, text = next_steps(run, ending), well_formed(pr_text(run, ending), run.console.mask)
-    report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
     if run.record:
         if change := ending.change:
             before = run.folder_tree or run.base  # outside Git: what lies in the folder
             run.note("change.patch", run.private(*DIFF, "-M", before, change.tree))
         run.note("pr.md", text)
+        run.note("page.html", write_page(run, ending, steps))
+    report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
+    if run.record:
         run.note("report.json", json.dumps(report, indent=2) + "\n")
         prune(run)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -2631,6 +2643,181 @@ def prune(run: Run) -> None:
         run.git("update-ref", "-d", f"refs/agent-runner/{name}", check=False)
     for file in sorted(run.records.glob("baseline/*.json"), key=os.path.getmtime)[:-RECORDS]:
         file.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------- page
+# page.html tells the same story for a browser, a phone or a printer, with the run's way as a
+# picture. It loads and runs nothing. All text in it goes through `page_text`, which masks secrets,
+# escapes markup and spells out what a reader would not see.
+
+WAY = ("Issue", "Brief", "Agent", "Change", "Verdict", "Proposal")
+AGENT, CHANGE, VERDICT, END = range(2, 6)  # their places in it
+STATES = {"good": "✓ done", "over": "✓ ended here", "bad": "✗ ended here", "off": "not reached"}
+STATES |= {"again": "↻ red: tried again", "kept": "→ handed over"}
+COLOURS = {"✓": "good", "✗": "bad", "!": "again"}
+PAGE_LIMIT = 200_000  # characters of the diff; a fifth of it for each output
+PAGE_HEAD = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {color-scheme: light dark; --page: #fff; --text: #1f2328; --soft: #f3f5f7;
+  --good: #1a7f37; --bad: #cf222e; --warn: #9a6700; --new: #d7f8de; --old: #ffe3e0}
+@media (prefers-color-scheme: dark) {:root {--page: #0d1117; --text: #e6edf3; --soft: #1a2029;
+  --good: #3fb950; --bad: #ff6a61; --warn: #d9a52e; --new: #12361f; --old: #4a1a1c}}
+* {box-sizing: border-box; margin: 0; padding: 0}
+body {max-width: 75rem; margin: auto; padding: 1rem; background: var(--page); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere}
+h2 {margin: 1.6rem 0 .4rem; font-size: 1.1rem}
+p, li {white-space: pre-line; list-style: none}
+summary {margin-top: .6rem}
+pre {padding: .6rem; overflow: auto; overflow-wrap: normal; background: var(--soft);
+  font: .85rem/1.4 ui-monospace, monospace}
+code {display: inline-block; min-width: 100%}
+code * {display: block; text-decoration: none}
+ins {background: var(--new)}
+del {background: var(--old)}
+.good, .over {--mark: var(--good)}
+.bad {--mark: var(--bad)}
+.again, .kept {--mark: var(--warn)}
+h1 {font-size: 1.6rem}
+h1, b {color: var(--mark)}
+ol {display: grid; gap: 1.6rem; margin: 1.2rem 0; font-size: .9rem}
+ol li {position: relative; padding: .4rem .6rem; border: 2px solid var(--mark, gray);
+  border-radius: .5rem; break-inside: avoid}
+ol .bad, ol .over {border-width: 5px}
+ol .off {border-style: dashed; opacity: .6}
+ol li + li::before {position: absolute; top: -1.6rem; left: 48%; content: "↓"}
+@media (min-width: 60rem) {
+  ol {grid-template-columns: repeat(6, minmax(0, 1fr))}
+  ol li {grid-column: var(--at)}
+  ol b {display: block}
+  ol li + li::before {top: .4rem; left: -1.5rem; content: "→"}
+}
+.again + li::before {content: "↻"}
+@media print {pre {white-space: pre-wrap; overflow-wrap: anywhere}}
+</style>
+"""
+
+
+def write_page(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> str:
+    """page.html: the outcome, the way, what to look at, the change, the commands, the outputs."""
+    outcome, colour = ending.outcome.upper(), "bad" if ending.status else "good"
+    about = f"{run.settings.command} on {run.base[:12]}; guard: {', '.join(run.levels)}"
+    html = f"{PAGE_HEAD}<title>{outcome}: {page_text(run, run.slug)}</title>"
+    html += f'<h1 class="{colour}">{outcome} (exit {ending.status})</h1>'
+    html += f"<p>{page_text(run, headline(ending))}</p><p>{page_text(run, about)}</p>"
+    html += f"<ol>{''.join(page_way(run, ending))}</ol>"
+    html += page_blocks(run, telling_outputs(run, ending))
+    story, early = tell_story(run, ending), ("Look at", "What changed")
+    for title, rows in sorted(story, key=lambda section: not section[0].startswith(early)):
+        html += f"<h2>{title}</h2><ul>"
+        for mark, text in rows:
+            html += f'<li><b class="{COLOURS.get(mark, "")}">{mark}</b>&nbsp;{page_text(run, text)}'
+        html += "</ul>" + page_diff(run) * (title == "Files")
+    html += f"<h2>{whose_now(ending)}</h2>{page_blocks(run, steps)}" if steps else ""
+    notes = [note for note in run.notes.items() if re.match("(brief|agent|gate)-", note[0])]
+    return f"{html}<h2>Briefs and outputs</h2>{page_blocks(run, notes, is_open=False)}"
+
+
+def page_text(run: Run, text: str) -> str:
+    from html import escape
+
+    def spell(match: re.Match[str]) -> str:
+        seen = match[0] in "\n\t" or not is_invisible(match[0])
+        return match[0] if seen else match[0].encode("unicode_escape").decode()
+
+    return escape(re.sub(r"[^ -~]", spell, run.console.mask(text)))
+
+
+def page_blocks(run: Run, texts: Iterable[tuple[str, str]], *, is_open: bool = True) -> str:
+    html = ""
+    for title, text in texts:
+        text, half = run.console.mask(text), PAGE_LIMIT // 10
+        if len(text) > 2 * half:
+            text = f"{text[:half]}\n[… the middle is in the record only …]\n{text[-half:]}"
+        html += f"<details{' open' * is_open}><summary>{page_text(run, title)}</summary>"
+        html += f"<pre>{page_text(run, text)}</pre></details>"
+    return html
+
+
+def page_diff(run: Run) -> str:
+    from itertools import groupby
+
+    html, tags = "", {"+": "ins", "-": "del", "@": "b"}
+    for file in re.split(r"(?m)^diff --git ", run.notes.get("change.patch", ""))[1:]:
+        head, _, body = file.rstrip("\n").partition("\n@@")
+        head = re.sub(r"\n(index|---|\+\+\+) .*|(?s:\nGIT binary.*)", "", head)
+        lines = f"@@{body[: PAGE_LIMIT - len(html)]}".split("\n") if body else []
+        html += f"<b>{page_text(run, head)}</b>"
+        for tag, same in groupby(lines, lambda line: tags.get(line[:1], "span")):
+            text = "\n".join(same)
+            html += f"<{tag}>{page_text(run, text)}</{tag}>"
+        if len(html) > PAGE_LIMIT:
+            html += "<b>The diff is too long for this page; all of it is in change.patch.</b>"
+            break
+    is_open = " open" * (len(html) < PAGE_LIMIT / 10)
+    return f"<details{is_open}><summary>The diff</summary><pre><code>{html}</code></pre></details>"
+
+
+def page_way(run: Run, ending: Ending) -> Iterator[str]:
+    """The boxes of the way; each attempt has its own from the brief to the verdict."""
+    for number, turn in enumerate(run.turns or [Turn(1, Ran(None, "", 0.0))]):
+        states, texts = way_states(run, ending, number), way_texts(run, turn)
+        for at in range(bool(number), len(states)):
+            ended = states[at] in ("over", "bad")
+            yield page_box(run, at, number, states[at], ending.message if ended else texts[at])
+
+
+def page_box(run: Run, at: int, number: int, state: str, text: str) -> str:
+    name = "A person" if state == "kept" else "Check" if run.is_repair and not at else WAY[at]
+    if 0 < at < END and len(run.turns) > 1:
+        name += f", attempt {number + 1}"
+    told = "" if state == "off" else page_text(run, one_line(run.console.mask(text), 200))
+    words = {0: "the gate judges the base", AGENT: "the agent works", VERDICT: "the judge asks"}
+    times = [seconds for step, seconds in run.console.steps if words.get(at, "\0") in step]
+    took = duration_text(times[number]) if number < len(times) else ""
+    inner = f"<b>{name}</b> <b>{STATES[state]}</b><p>{told}</p><small>{took}</small>"
+    return f'<li class="{state}" style="--at: {at + 1}">{inner}</li>'
+
+
+def way_states(run: Run, ending: Ending, number: int) -> list[str]:
+    """The states of an attempt's boxes; an earlier attempt has no last one."""
+    if number < len(run.turns) - 1:
+        return ["good"] * VERDICT + ["again"]
+    end = stopped_at(run.turns[-1]) if run.turns else 0
+    states = ["good"] * end + ["bad" if ending.status else "over"] + ["off"] * (END - end)
+    if ending.status and end < END:
+        states[END] = "bad" if ending.outcome == "rule-broken" else "kept"
+    return states
+
+
+def stopped_at(turn: Turn) -> int:
+    """The box in which a turn went wrong; the last where it did not."""
+    if turn.ran.timed_out or turn.ran.status != 0:
+        return AGENT
+    if turn.failed:
+        return CHANGE
+    return END if turn.verdict and turn.verdict.is_green else VERDICT
+
+
+def way_texts(run: Run, turn: Turn) -> list[str]:
+    """What happened in each box, where the run did not end in it."""
+    files, verdict = turn.change.files if turn.change else (), turn.verdict
+    red, patch = run.baseline.reason if run.baseline else "", run.notes.get("change.patch")
+    brief = ["rules", *(run.instructions or ())[:1], "the issue" if run.issue else "what is red"]
+    brief += ["how the last attempt failed"] * (turn.number > 1)
+    lines = f"+{sum(file.added for file in files)} -{sum(file.deleted for file in files)}"
+    return [
+        run.title if run.issue else red,
+        ", ".join(brief),
+        f"ended with status {turn.ran.status}",
+        f"files: {len(files)} ({lines})",
+        verdict.reason or "; ".join(map(check_text, verdict.checks)) if verdict else "",
+        "the work is kept" if run.kept or patch else "there is no work to keep",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ guard
@@ -3364,6 +3551,7 @@ class Run:
         self.modules: set[str] = set()
         self.decided: set[str] = set()  # tests that settings alone turn
         self.mentions: list[str] = []
+        self.notes: dict[str, str] = {}  # what the record holds
 
     def open(self) -> None:
         root = cache_root(self.repo.top)
@@ -3445,6 +3633,7 @@ class Run:
             text = self.console.mask(text)
             if self.record:
                 (self.record / name).write_text(text, "utf-8", "surrogateescape")
+                self.notes[name] = text
         except OSError as error:
             self.mentions.append(f"the record lacks {name}: {error.strerror}.")
 
@@ -4133,6 +4322,7 @@ class Console:
         forges = ("GITHUB_ACTIONS", "FORGEJO_ACTIONS", "GITEA_ACTIONS")
         self.in_runner = "true" in map(os.environ.get, forges)
         self.lock = threading.Lock()
+        self.steps: list[tuple[str, float]] = []  # those taken, and their seconds
 
     def columns(self) -> int:
         """Of the terminal; Python 3.10 passes on the 0 of one that does not know its size."""
@@ -4177,6 +4367,7 @@ class Console:
             yield ended.append
         finally:
             seconds, self.began = time.monotonic() - self.began, 0.0
+            self.steps.append((text, seconds))
         self.say(f"  {'; '.join(ended) or 'done'} ({duration_text(seconds)})")
 
     def tick(self) -> None:

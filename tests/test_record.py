@@ -142,6 +142,7 @@ def test_each_outcome_has_its_status_and_report(runs: Runs, name: str, tmp_path:
     assert report["exit_code"] == status and list(misfits(report)) == []
     assert result.out == json.dumps(report, indent=2) + "\n"
     assert not report["record"] or note(result, "report.json") == result.out
+    assert bool(report["page"]) == bool(report["record"] and name != "fault")
     told = re.findall(r"^([A-Z-]+) \(exit (\d+)\): (.*)", result.err, re.MULTILINE)
     word = "FAULT" if name == "fault" else (outcome or "").upper()
     assert told == ([(word, str(status), report["message"])] if word else [])
@@ -164,7 +165,7 @@ def test_record_and_ending_tell_what_was_asked_answered_and_judged(runs: Runs) -
     for text in (note(rejected, "gate-1-pytest.log"), rejected.err.rpartition("(exit 1)")[2]):
         assert "assert 6 == 9" in text
     assert note(failed, "agent-1.log") == "no credit left\n"
-    assert "agent │ no credit left" in failed.err.rpartition("(exit 4)")[2]
+    assert "│ no credit left" in failed.err.rpartition("(exit 4)")[2]
     traceback = Path(re.findall(r"/\S+", runs["fault"][1].report["message"])[-1])
     assert "Traceback" in traceback.read_text(encoding="utf-8")
     traceback.unlink()
