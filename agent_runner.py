@@ -243,6 +243,9 @@ def self_heal(run: Run) -> Ending:
     make_workspace(run)
     with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
         run.baseline = verdict = judge_tree(run, run.base)
+        if verdict.is_green and not verdict.notes:
+            held = [c._replace(tests=None) for c in ask_holdout(run, run.private.tree_of(run.base))]
+            run.baseline = verdict = verdict._replace(checks=(*verdict.checks, *held))
         colour = "red once, then green" if verdict.notes else "green"
         ended(f"the base is {colour if verdict.is_green else 'red, and red when asked again'}")
     if verdict.is_green and verdict.notes:
@@ -361,6 +364,8 @@ def read_note(name: str) -> str:
     with contextlib.suppress(OSError, ValueError):  # as a name a text may be too long
         if name == "-" or os.path.isfile(name):
             name = as_text(read_input(name, "the note"), f"the note {name!r}")
+        elif re.fullmatch(r"[./]\S*/\S+|\S+\.(md|txt)", name):
+            raise Refusal(f"--note {name} is no file that is here; give its path, or a text.")
     if not (text := clean_issue(name)[0]).strip() or len(text) > ISSUE_LIMIT:
         raise Refusal("--note is empty, or larger than 1 MiB; say what the agent should know.")
     return text
@@ -370,6 +375,8 @@ def read_log(name: str) -> str:
     """The end of a log, which is where a failure is told: its last 200 lines."""
     text = plain(read_input(name, f"the log {name!r}").decode("utf-8", "replace"))
     lines = [line[:500] for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise Refusal(f"the log {name!r} is empty; give the log of the job that failed.")
     return "\n".join(lines[-200:])
 
 
@@ -445,7 +452,7 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
         for check in failure.checks:
             if not check.passed:
                 output = f"$ {check.command}\n{head_and_tail(plain(check.output), 60)}"
-                output = "(not shown to you)" if check.name == "holdout" else output
+                output = "(these tests are not shown)" if check.name == "holdout" else output
                 told.append(f"{check.name}: {check.reason}\n{output}\n")
         parts.append("How the gate failed:\n\n" + fenced("GATE", "\n".join(told)))
     return "\n".join([*parts, "Remember the rules at the top. When you are done, just end.\n"])
@@ -478,33 +485,39 @@ def find_earlier(run: Run) -> Earlier:
         told, folder = killed.get(record.name, ({}, None))
         with contextlib.suppress(OSError, ValueError):
             told = json.loads((record / "report.json").read_text("utf-8"))
-        names = (record.name, f"refs/agent-runner/{record.name}", str(record), told.get("branch"))
-        has_work = bool(folder or told.get("kept") or told.get("branch"))
-        outside = not run.repo.common_dir and told
-        has_work = has_work or bool(outside and read_text(record / "change.patch"))
-        asked = not slug or (record / f"issue/{slug}.md").exists()
-        same = told.get("command") == command
-        if wanted in names and has_work and same:
+        refs = [f"refs/heads/{told.get('branch')}", told.get("kept") or "refs/none"]
+        has_work = bool(folder or (told and run.git("for-each-ref", *refs, check=False)))
+        if told and not run.repo.common_dir:
+            has_work = has_work or bool(read_text(record / "change.patch"))
+        names = (record.name, f"refs/agent-runner/{record.name}", told.get("branch"))
+        is_named = wanted in names or (wanted and (run.start / wanted).resolve() == record)
+        is_same = told.get("command") == command
+        is_asked = not wanted and (not slug or (record / f"issue/{slug}.md").exists())
+        if is_same and (is_named or (is_asked and has_work)):
             return Earlier(record, told, folder)
-        if wanted in names and told:
-            why = "left no work" if same else f"was a run of {told.get('command')}"
-            raise Refusal(f"--continue {wanted}: it {why}; run it again without --continue.")
-        if not wanted and same and asked and has_work:
-            return Earlier(record, told, folder)
+        if is_named and told:
+            raise Refusal(f"--continue {wanted}: it was a run of {told['command']}; name that.")
+    more = " for this issue" if slug else ""
+    what = (
+        f"{wanted!r} is no run here that has ended"
+        if wanted
+        else f"no run here has left work{more}"
+    )
     listed = "the record of a run, its branch or its kept ref: git for-each-ref refs/agent-runner"
-    what = f"{wanted!r} is no run here that has ended" if wanted else "no run here has left work"
-    raise Refusal(f"--continue: {what}; name {listed}")
+    raise Refusal(f"--continue: {what}; after the issue, name {listed}")
 
 
 def earlier_verdict(run: Run) -> Verdict | None:
-    """What the judge said of the work that this run goes on from."""
-    if not run.earlier or not run.earlier.told.get("gate"):
+    """What the judge said last of the work that this run goes on from."""
+    told = run.earlier.told if run.earlier else {}
+    judged = [attempt for attempt in told.get("attempts", ()) if attempt["gate"]]
+    if not run.earlier or not judged:
         return None
-    told, checks, attempts = run.earlier.told, [], len(run.earlier.told["attempts"])
-    for row in told["gate"]:
-        output = read_text(run.earlier.record / f"gate-{attempts}-{slug_of(row['name'])}.log")
+    checks = []
+    for row in judged[-1]["gate"]:
+        log = f"gate-{judged[-1]['number']}-{slug_of(row['name'])}.log"
         how = {key: row[key] for key in ("name", "command", "passed", "reason", "seconds")}
-        checks.append(Check(**how, output=output))
+        checks.append(Check(**how, output=read_text(run.earlier.record / log)))
     findings = tuple(Finding(**finding) for finding in told["findings"])
     return Verdict(told["tree"] or "", tuple(checks), findings)
 
@@ -512,27 +525,46 @@ def earlier_verdict(run: Run) -> Verdict | None:
 def earlier_tree(run: Run, earlier: Earlier) -> str:
     """The tree of the work that an earlier run left."""
     private, told, base = run.private, earlier.told, run.private.tree_of(run.base)
-    if earlier.folder:  # it was killed: what lies in its workspace
-        objects = f"{earlier.folder}/git/objects/."
-        call(["cp", "-RPn", objects, str(private.dir / "objects")])
-        clone = Clone(run, "killed", run.base)
-        clone.path = earlier.folder / "workspace" / run.repo.top.name
-        shutil.copyfile(earlier.folder / "workspace.index", clone.index_file)
-        whole, _ = capture(run, clone)
-        return build_tree(private, base, entries_of(private, told["tree"], whole).values())
+    if earlier.folder:
+        return killed_tree(run, earlier.folder, told["tree"])
     if not run.repo.common_dir:
-        index, patch = private.dir / "index-earlier", read_text(earlier.record / "change.patch")
+        index, patch = private.dir / "index-earlier", earlier.record / "change.patch"
         private("read-tree", base, index=index)
-        if told["outcome"] != "proposed":  # which the folder holds
-            private("apply", "--cached", "-", index=index, stdin=os.fsencode(patch))
+        try:
+            if told["outcome"] != "proposed":  # which the folder holds
+                private("apply", "--cached", "-", index=index, stdin=patch.read_bytes())
+        except GitError as error:
+            text = f"the earlier work does not fit the folder as it is now ({error})"
+            raise Refusal(f"{text}; take over by hand what you need of {patch}.") from None
         return private("write-tree", index=index).strip()
-    branch, kept = f"refs/heads/{told['branch']}", told["kept"] or ""
-    tip = run.git("rev-parse", "-q", "--verify", branch, check=False).strip()
-    if not tip or (tip == told["commit"] and kept):  # what was put back beside it, too
-        tip = run.git("rev-parse", "-q", "--verify", kept, check=False).strip() if kept else tip
-    if not tip:
-        raise Refusal(f"the work of {earlier.record.name} is gone; run again without --continue.")
-    return private.tree_of(tip)
+    named = (f"refs/heads/{told['branch']}", told["kept"] or "", told["commit"] or "")
+    words = ("rev-parse", "-q", "--verify")
+    tip, kept, commit = (
+        run.git(*words, f"{n}^{{commit}}", check=False).strip() if n else "" for n in named
+    )
+    later = run.git("rev-list", f"{commit}..{tip}", check=False).split() if tip and commit else []
+    if run.git("rev-list", "--min-parents=2", f"{run.base}..{tip}", check=False) if tip else "":
+        text = f"{told['branch']} was merged with something else since; start anew: --base"
+        raise Refusal(f"{text} {told['branch']}, without --continue.")
+    if tip and commit and run.git("merge-base", commit, tip, check=False).strip() != commit:
+        text = f"{told['branch']} is not what was proposed any more; this goes on from what was."
+        run.mentions.append(text)
+        later = []
+    work = tip if later else kept or commit  # kept: with what was put back beside a proposal
+    if not work:
+        raise Refusal(f"{earlier.record.name} left no work, or it is gone; run without --continue.")
+    return private.tree_of(work)
+
+
+def killed_tree(run: Run, folder: Path, before: str) -> str:
+    """What lies in the workspace of a killed run, without what its setup had made."""
+    call(["cp", "-RPn", f"{folder}/git/objects/.", str(run.private.dir / "objects")])
+    clone = Clone(run, "killed", run.base)
+    clone.path = folder / "workspace" / run.repo.top.name
+    shutil.copyfile(folder / "workspace.index", clone.index_file)
+    whole, _ = capture(run, clone)
+    made = entries_of(run.private, before, whole).values()
+    return build_tree(run.private, run.private.tree_of(run.base), made)
 
 
 def lay_work(run: Run, clone: Clone, tree: str) -> None:
@@ -615,9 +647,12 @@ def budget_left(run: Run) -> float:
 
 
 def turns_left(run: Run) -> Iterator[int]:
-    """The numbers of the turns that the agent gets: up to its attempts, within its budget."""
+    """The numbers of the turns that the agent gets: up to its attempts, within its budget, and
+    none once the hold-out tests were run: the code has seen them, and may have left them to find.
+    """
     for number in range(1, run.settings.attempts + 1):
-        if budget_left(run) > 0:
+        checks = run.turns[-1].verdict.checks if run.turns and run.turns[-1].verdict else ()
+        if budget_left(run) > 0 and not any(check.name == "holdout" for check in checks):
             yield number
 
 
@@ -642,9 +677,11 @@ def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
     before = (
         previous.change.whole if previous and previous.change else run.private.tree_of(run.base)
     )
+    told = run.earlier.told if run.earlier and not previous and run.note_given else {}
+    is_same = change and change.tree == told.get("tree") and told.get("outcome") == "proposed"
     if not change:
         failed = failed or "the agent removed or replaced its workspace; it cannot be read"
-    elif not failed and change.whole == before:
+    elif not failed and (change.whole == before or is_same):
         failed, idle = f"the agent changed nothing{' more' if previous else ''}", True
     run.turns[-1] = turn = Turn(number, ran, change, failed, idle)
     return turn
@@ -1116,6 +1153,7 @@ def read_report(path: Path, run: Run, clone: Clone) -> Tests | None:
         outcome = "failed" if "failure" in told else "error" if "error" in told else "passed"
         if outcome == "passed" and "skipped" in told:
             outcome = "xfailed" if told["skipped"] == "pytest.xfail" else "skipped"
+        skipper = (case.findtext("skipped") or "").partition(":")[0]
         key = (case.get("classname") or "", case.get("name") or "")
         if key not in names:  # the same name twice is one test, told again of its teardown
             place = module_of(key[0] or key[1], case.get("file") or "", run, clone)
@@ -1126,6 +1164,7 @@ def read_report(path: Path, run: Run, clone: Clone) -> Tests | None:
             names[key] = text if text not in tests else f"{text} #{len(tests)}"
         if tests.get(names[key]) not in BAD:
             tests[names[key]] = outcome
+            run.skipped_at[names[key].partition("[")[0]] = skipper
     return tests
 
 
@@ -1394,11 +1433,16 @@ def command_line(run: Run, command: str, *more: str, **changed: Any) -> str:
 
 
 def command_words(run: Run, command: str, *more: str, **changed: Any) -> list[str]:
-    once = ("continued", "note", "log")  # what is for this one run
+    if run.earlier and command == run.settings.command and "--continue" not in more:
+        more = ("--continue", run.earlier.record.name, *more)
+    once = {"continued", "note", "log", "jobs"}  # what is for this one run
+    once |= {"base"} if "--continue" in more else set()
+    once |= {"json", "switch"} if PART in os.environ else set()
     issues = [changed.pop("issue")] if "issue" in changed else run.settings.issue
     words = [*issues] if command == "issue-to-pr" and "--continue" not in more else []
-    for name, value in (run.given | changed).items():
-        if name in once or name.replace("_", "-") not in option_names(command):
+    given = {name: value for name, value in run.given.items() if name not in once}
+    for name, value in (given | changed).items():
+        if name.replace("_", "-") not in option_names(command):
             continue
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -1454,10 +1498,8 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         bite=lambda: contradict(run, change, plan),
         proof=lambda: run_on_old_code(run, change, plan),
         facts=lambda: find_facts(run, change),
-        holdout=lambda: ask_holdout(run, change, plan),
     )
     verdict: Verdict = answers["gate"]
-    verdict = verdict._replace(checks=(*verdict.checks, *answers["holdout"]))
     findings = [*change.left_out, *answers["facts"]]
     findings += compare_with_base(run, change, plan, verdict, *answers["base"])
     known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
@@ -1473,6 +1515,9 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         edited = {file.old_path for file in change.files}
         proof["new_on_old"] = new_on_old(run, plan, answers["proof"], passed, edited)
         findings += show_bite(run, change, plan, proof, passed)
+    if verdict.is_green and run.holdout:  # last: what these say could be left for a next attempt
+        held = ask_holdout(run, under_base_judge(run, change, plan)[1])
+        verdict = verdict._replace(checks=(*verdict.checks, *held))
     if run.settings.strict:
         raised = {"first": "rejects"}
         findings = [f._replace(severity=raised.get(f.severity, f.severity)) for f in findings]
@@ -1530,49 +1575,54 @@ def under_base_judge(run: Run, change: Change, plan: Plan) -> tuple[str, str]:
     return tree, with_paths_of(run.private, tree, base, others)
 
 
-def ask_holdout(run: Run, change: Change, plan: Plan) -> list[Check]:
-    """Do the hold-out tests pass on the change's code, under the base's settings and conftest.py;
-    and do they fail once they are contradicted? What is red is asked twice.
-
-    They lie in these checkouts alone, and never among the run's objects.
-    """
-    if not run.settings.holdout:
-        return []
-    _, tree = under_base_judge(run, change, plan)
-    words = pytest_start(run) or ["pytest", "-q"]
-    for _ in range(2):
-        check = run_holdout(run, tree, words, twins=False)
-        twins = run_holdout(run, tree, words, twins=True) if check.passed else check
+def ask_holdout(run: Run, tree: str) -> list[Check]:
+    """Do the hold-out tests pass in this tree, and fail once they are contradicted? What is red is
+    asked twice. They lie in these checkouts alone, and never among the run's objects."""
+    for _ in range(2 if run.holdout else 0):
+        check = run_holdout(run, tree, twins=False)
+        twins = run_holdout(run, tree, twins=True) if check.passed else check
         if twins.passed:
-            break
-    return [check if twins.passed else twins]
+            return [check]
+    return [twins] if run.holdout else []
 
 
-def run_holdout(run: Run, tree: str, words: list[str], *, twins: bool) -> Check:
+def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
     """Run the hold-out tests, or their twins with contradicted expectations, laid into a tree."""
-    commit = run.private.commit(tree, run.base, commit_message(run))
+    commit, files = run.private.commit(tree, run.base, "Held\n"), dict(run.holdout)
+    names = set[str]()
+    for path, data in files.items() if twins else ():
+        found = {name for name, *_ in test_functions(data)} if path.endswith(".py") else set[str]()
+        if found and (twin := contradicted(data, found)):
+            files[path], names = twin, names | {name.rpartition("::")[2] for name in found}
     with clean_checkout(run, commit) as (clone, ready):
-        place, files = clone.path / run.repo.prefix, list[str]()
-        for source in map(Path, run.settings.holdout if ready.passed else ()):
-            call(["cp", "-RPp", f"{source}/." if source.is_dir() else str(source), str(place)])
-            inside = source.rglob("*.py") if source.is_dir() else [source]
-            root = source if source.is_dir() else source.parent
-            files += [str(path.relative_to(root)) for path in inside]
-        files = [file for file in files if TEST_MODULE.search(file)]
-        for file in files if twins else ():
-            data = (place / file).read_bytes()
-            (place / file).write_bytes(contradicted(data, {n for n, *_ in test_functions(data)}))
-        targets = [f"./{file}" for file in files]
-        argv = with_options(words, "--continue-on-collection-errors", "--maxfail=0", *targets)
-        check = run_check(run, clone, "--holdout", words=argv) if ready.passed else ready
+        place = clone.path / run.repo.prefix
+        for path, data in files.items():
+            if not follows_link((place / path).parent):
+                (place / path).parent.mkdir(parents=True, exist_ok=True)
+                (place / path).unlink(missing_ok=True)
+                (place / path).write_bytes(data)
+        targets = [f"./{path}" for path in files if TEST_MODULE.search(path)]
+        words = [*(pytest_start(run) or ["pytest", "-q"]), "--continue-on-collection-errors"]
+        words += ["--maxfail=0", *targets]
+        check = run_check(run, clone, "--holdout", words=words) if ready.passed else ready
+        asked = {str(clone.seen / run.repo.prefix / path) for path in files}
     tests = by_function(check.tests)
-    bad = [name for name, outcome in tests.items() if (outcome == "passed") == twins]
+    bad = [name for name, how in tests.items() if how in BAD or is_evaded(run, name, how, asked)]
     reason = f"{len(bad)} of {len(tests)} hold-out tests do not pass"
     if twins:
+        bad = [n for n, how in tests.items() if how == "passed" and function_key(n)[1] in names]
         reason = f"{len(bad)} of {len(tests)} hold-out tests pass even when told the opposite"
-    is_red = bool(bad) or not tests or (not twins and not check.passed)
-    reason = reason if bad else check.reason
-    return check._replace(name="holdout", passed=not is_red, reason=reason if is_red else "passed")
+    elif not bad:
+        reason = check.reason
+    passed = not bad and (twins or check.passed)
+    return check._replace(name="holdout", passed=passed, reason="passed" if passed else reason)
+
+
+def is_evaded(run: Run, test: str, outcome: str, asked: set[str]) -> bool:
+    """Was a hold-out test skipped by the code under test, and not by a hold-out file's own word?"""
+    if outcome == "xfailed":
+        return not any(b"xfail" in data for data in run.holdout.values())
+    return outcome == "skipped" and run.skipped_at.get(test, "") not in asked
 
 
 def compare_with_base(
@@ -1641,7 +1691,8 @@ def unlike_base_settings(run: Run, tree: str) -> list[Check]:
     """The commands that are red with the base's settings and the change's tests, twice."""
     commit = run.private.commit(tree, run.base, commit_message(run))
     known = run.baseline.checks if run.baseline else ()
-    commands = tuple(check.command for check in known if check.passed or run.is_repair)
+    asked = [c for c in known if c.name != "holdout" and (c.passed or run.is_repair)]
+    commands = tuple(check.command for check in asked)
     red: list[Check] = []
     for _ in range(2):
         checks = run_gate(run, commit, commands) if commands else ()
@@ -1737,12 +1788,16 @@ def test_functions(source: Any) -> list[tuple[str, Any, str]]:
     """The tests of a module or syntax tree: name with its classes, node, the node's text."""
     import ast
 
+    within = (ast.If, ast.Try, ast.With)
+
     def walk(body: Iterable[Any], inside: str) -> Iterator[tuple[str, Any, str]]:
         for node in body:
             if isinstance(node, ast.ClassDef):
                 yield from walk(node.body, f"{inside}{node.name}::")
             elif getattr(node, "name", "").startswith("test"):
                 yield f"{inside}{node.name}", node, ast.dump(node)
+            for name in ("body", "orelse", "finalbody") if isinstance(node, within) else ():
+                yield from walk(getattr(node, name, []), inside)
 
     try:
         if (
@@ -2046,6 +2101,9 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
                     "holds a secret, or what looks like one. Take it out: others read a proposal."
                 )
                 found.append(Finding("secret", file.path, number, "rejects", text))
+        if file.path.endswith("pyproject.toml") and own_table(old) != own_table(new):
+            text = f"changes {LASTING}, by which later runs are judged. See that you asked for it."
+            found.append(Finding("judge-changed", file.path, None, "first", text))
         allowed = is_judges(run, file.path) or is_allowed(run, file.path)
         if file.path.endswith((".py", ".pyi")) and not allowed:
             found += code_facts(run, file.path, old or b"", new or b"", lines)
@@ -2055,6 +2113,12 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
                 severity = "rejects" if run.is_repair else "first"
                 found.append(Finding("test-changed", file.path, None, severity, text))
     return found
+
+
+def own_table(data: bytes | None) -> list[bytes]:
+    """The lines of a pyproject.toml that are about this program."""
+    own = [(head, text) for head, text in tables(data or b"") if b"agent-runner" in text]
+    return [text for head, text in own if "agent-runner" in head or head in ("", "tool")]
 
 
 def added_lines(old: bytes, new: bytes) -> dict[int, str]:
@@ -2193,6 +2257,8 @@ def red_after(run: Run, verdict: Verdict | None) -> str:
     text = f"the verdict is red (attempts: {len(run.turns)}): {verdict.reason if verdict else ''}"
     if budget_left(run) <= 0:
         text += f". The budget of {duration_text(run.settings.budget or 0)} is used up"
+    if verdict and verdict.checks[-1].name == "holdout" and len(run.turns) < run.settings.attempts:
+        text += ". Once the hold-out tests were run, there is no further attempt"
     if not run.settings.baseline:
         text += ". What was red before is not known with --no-baseline; to leave a test out of the"
         text += " gate: --gate 'pytest -q --deselect TEST'"
@@ -2271,6 +2337,8 @@ def switch_to(run: Run, branch: str) -> bool:
 def differs(run: Run, path: str, commit: str) -> bool:
     """Does something lie here that is not exactly what the commit has?"""
     place = run.repo.top / path
+    if place.is_dir() and not place.is_symlink():
+        return bool(run.git("ls-files", "-o", "--", f":(top,literal){path}", check=False))
     if not place.is_symlink() and not place.is_file():
         return place.exists()
     now = os.readlink(place) if place.is_symlink() else os.fsdecode(place.read_bytes())
@@ -3549,6 +3617,8 @@ class Run:
         self.before: Snapshot = {}
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
+        self.skipped_at: dict[str, str] = {}  # test function -> the file that skipped it
+        self.holdout: dict[str, bytes] = {}  # path -> content, as it was at the start
         self.decided: set[str] = set()  # tests that settings alone turn
         self.mentions: list[str] = []
         self.notes: dict[str, str] = {}  # what the record holds
@@ -3563,12 +3633,17 @@ class Run:
         self.tell_others()
         self.tmp.mkdir()
         self.private = private_git(self)
+        for seen, place in zip(borrowed_objects(self), self.private.objects, strict=True):
+            if seen != place:  # for whoever looks at the workspace of a run that was killed
+                seen.symlink_to(place)
         if self.repo.common_dir:  # as the user's configuration was before the agent
             self.git = Git("-C", str(self.repo.top), config=self.private.config, **FROZEN)
         if LINUX:  # orphans are handed to us, so that a double fork does not escape the end
             import ctypes
 
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+            if PART in os.environ:  # it ends with those who wait for it
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
     def tell_others(self) -> None:
         """Note for a later run, should this one be killed, what lies here and how to go on."""
@@ -3986,10 +4061,14 @@ def fetch_issue(run: Run, address: str) -> Issue:
     if not data:
         token = token_for(run, server, names)
         data = ask_forge(form.format(**values), token, names[0])
+        if not data.get("title"):
+            raise Refusal(f"{address}: what its forge answers is no issue; save it as a file.")
         if data.get("comments") or data.get("user_notes_count"):
             place = "notes?sort=asc&" if kind == "gitlab" else "comments?"
             place = f"{form.format(**values)}/{place}per_page=100"
-            data["comments"] = ask_forge(place, token, names[0])["items"]
+            data["comments"] = ask_forge(place, token, names[0]).get("items") or []
+            if len(data["comments"]) == 100:
+                run.mentions.append("of the issue's comments only the first 100 were read.")
     return issue_of(data, address, match[5])
 
 
@@ -4005,8 +4084,8 @@ def token_for(run: Run, server: str, names: Iterable[str]) -> str:
 def issue_of(data: dict[str, Any], address: str, number: str) -> Issue:
     """An issue made of what a forge or its tool tells."""
     title = one_line(str(data.get("title") or f"Issue {number}"), 120)
-    parts = [f"# {title}", str(data.get("body") or data.get("description") or "")]
-    parts.append(f"(Opened by {author_of(data)})")
+    parts = [f"# {title}", f"(Opened by {author_of(data)}: {address})"]
+    parts.append(str(data.get("body") or data.get("description") or ""))
     comments = data.get("comments") or data.get("Notes")
     for comment in comments if isinstance(comments, list) else ():
         if isinstance(comment, dict) and not comment.get("system"):  # as GitLab books labels
@@ -4064,6 +4143,7 @@ def ask_forge(url: str, token: str, name: str) -> dict[str, Any]:
         why = PROBLEMS.get(problem.code, f"status {problem.code}")
     except (OSError, ValueError, RecursionError, HTTPException) as problem:
         why = f"the forge cannot be reached or read: {one_line(str(problem), 120)}"
+        raise Refusal(f"{url}: {why}; save the issue as a file.") from None
     remedy = f"set {name} to a token that may read it, or save the issue as a file"
     raise Refusal(f"{url}: {why}; {remedy}.")
 
@@ -4398,24 +4478,35 @@ class Console:
 # is. At the end one table, and for each pair of proposals whether they can be merged together.
 
 
+PART = "AGENT_RUNNER_PART"  # in the environment of a run that is one of several
+
+
 def run_several(run: Run) -> dict[str, Any]:
     """Run each issue, `--jobs` at once: one document with the report of each."""
     from concurrent.futures import ThreadPoolExecutor
 
-    issues, settings, children = run.settings.issue, run.settings, list[Any]()
+    issues, settings, children = run.settings.issue, run.settings, dict[Any, bool]()
     if settings.continued is not None or settings.note is not None or issues.count("-") > 1:
         raise Refusal("--continue, --note and a second '-' are for one issue at a time.")
-    jobs, status = settings.jobs if run.repo.common_dir else 1, 0  # a folder is written one by one
+    run.base = find_base(run)
+    apply_settings(run)
+    jobs = run.settings.jobs if run.repo.common_dir else 1  # a folder is written one by one
+    labels, status = list[str](), 0
+    for issue in issues:
+        label = "stdin" if issue == "-" else re.sub(r"\W", "_", Path(issue).stem)[-30:]
+        labels.append(f"{label}_{len(labels) + 1}" if label in labels else label)
     with ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(run_one, run, issue, children) for issue in issues]
+        work = [
+            pool.submit(run_one, run, *told, children) for told in zip(issues, labels, strict=True)
+        ]
         try:
             reports = [future.result() for future in work]
         except Interrupted as error:  # each keeps its work, and ends
             run.signals.shielded, status = True, 128 + error.args[0]
             run.stop.set()
-            for child in children:
-                with contextlib.suppress(OSError):
-                    child.send_signal(error.args[0])
+            for child, is_heard in list(children.items()):
+                with contextlib.suppress(OSError):  # one that has said nothing yet cannot take it
+                    child.send_signal(error.args[0]) if is_heard else child.kill()
             reports = [future.result() for future in work]
     status = status or max(report["exit_code"] for report in reports)
     pairs = compare_proposals(run, [r["branch"] for r in reports if r.get("branch")])
@@ -4425,10 +4516,9 @@ def run_several(run: Run) -> dict[str, Any]:
     return {"exit_code": status, "runs": reports, "conflicts": conflicts}
 
 
-def run_one(run: Run, issue: str, children: list[Any]) -> dict[str, Any]:
+def run_one(run: Run, issue: str, label: str, children: dict[Any, bool]) -> dict[str, Any]:
     """One run in a process of its own, its lines shown behind its name; its report."""
     words = command_words(run, "issue-to-pr", issue=issue, json=True, switch=False)
-    label = re.sub(r"\W", "_", Path(issue).stem)[-30:] or "stdin"
     ended = {"outcome": None, "exit_code": 130, "message": "was not started", "branch": None}
     with tempfile.TemporaryFile() as out:
         if run.stop.is_set():
@@ -4438,9 +4528,11 @@ def run_one(run: Run, issue: str, children: list[Any]) -> dict[str, Any]:
             None if issue == "-" else subprocess.DEVNULL,
         )
         how: Any = {"stdin": stdin, "stdout": out, "stderr": subprocess.PIPE}
-        child = subprocess.Popen(argv, start_new_session=True, **how)
-        children.append(child)
+        env = os.environ | {PART: "1"}
+        child = subprocess.Popen(argv, start_new_session=True, env=env, **how)
+        children[child] = False
         for line in child.stderr or ():
+            children[child] = True
             run.console.say(f"  {label} │ {plain(line.decode('utf-8', 'replace')).rstrip()}")
         status = child.wait()
         out.seek(0)
@@ -4655,6 +4747,9 @@ def options_of(command: str) -> list[tuple[str, str, str]]:
 def near_option(word: str) -> str:
     from difflib import get_close_matches
 
+    for command in VARIANTS:
+        if word.split(" ")[0] in {told[0] for told in options_of(command)}:
+            return f"; it is an option of {command} alone"
     for near in get_close_matches(word, re.findall(r"--[\w-]+", OPTIONS), 1):
         return f"; did you mean {near}?"
     return ""
@@ -4740,8 +4835,9 @@ def read_settings(run: Run) -> dict[str, Any]:
         data = run.git.file(f"{run.base}:{name}") if run.base else None
         if not run.repo.common_dir:  # the folder is the base
             data = os.fsencode(read_text(run.start / name))
-        if re.search(rb"(?m)^\s*\[\s*tool\s*\.\s*\"?agent-runner\b", data or b""):
-            return parse_settings(run, name, data or b"")
+        found = parse_settings(run, name, data) if data and b"agent-runner" in data else {}
+        if found:
+            return found
     return {}
 
 
@@ -4751,17 +4847,23 @@ def parse_settings(run: Run, name: str, data: bytes) -> dict[str, Any]:
     try:
         loads = importlib.import_module("tomllib").loads
     except ImportError:  # Python 3.10 has no reader of TOML
+        if not re.search(rb"(?m)^\s*\[\s*tool\s*\.\s*[\"']?agent-runner\b", data):
+            return {}
         remedy = "use Python 3.11 or later, or take the table out and give options instead"
         raise Refusal(f"{LASTING} in {name} cannot be read by this Python; {remedy}.") from None
     try:
-        table, command = loads(as_text(data, name))["tool"]["agent-runner"], run.settings.command
+        table, command = loads(as_text(data, name)), run.settings.command
+        table = table.get("tool", {}).get("agent-runner", {})
         words = [word for item in table.items() for word in option_words(command, *item)]
         given = vars(build_parser().parse_args([command, *words]))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise Refusal(f"{name} is no TOML that can be read: {error}.") from None
     except Refusal as error:
         text = str(error).partition(" (see ")[0].replace("argument --", "")
         raise Refusal(f"{LASTING} in {name} at the base: {text}; mend it and commit.") from None
+    if "holdout" in given:  # relative to the file that names it
+        folder = run.repo.top / os.path.dirname(name)
+        given["holdout"] = [str(folder / os.path.expanduser(path)) for path in given["holdout"]]
     return {k: v for k, v in given.items() if k not in ("command", "issue")}
 
 
@@ -4809,7 +4911,9 @@ def check_agent(run: Run) -> list[str]:
 
 def check_gate(run: Run) -> None:
     """The gate's tools must be there, unless --setup may bring them; and tests for it."""
-    for tool, *_ in run.commands:
+    needed = [tool for tool, *_ in run.commands]
+    needed += ["pytest"] if run.holdout and not pytest_start(run) else []
+    for tool in needed:
         if not run.settings.setup and not find_program(run, tool):
             raise Refusal(f"the gate needs {tool}, which was not found. {how_to_get(run, tool)}")
     if run.settings.gate != DEFAULT_GATE or run.settings.simulate:
@@ -4871,22 +4975,34 @@ def check_repository(run: Run, common_dir: Path) -> None:
     run.settings = run.settings._replace(carry=carry)
 
 
-def check_holdout(run: Run) -> None:
-    """Hold-out tests must be where no clone has them."""
-    paths, top = [], run.repo.top
+def read_holdout(run: Run) -> None:
+    """Hold-out tests must be where no clone has them. What a folder of them holds is laid over the
+    judge's checkout, but for dot files, caches and what would make a package of the checkout."""
+    places, top, other = [], run.repo.top, re.compile(r"(^|/)(\.|node_modules/|__pycache__/)")
     for name in run.settings.holdout:
-        path = (run.start / os.path.expanduser(name)).resolve()
-        what = f"--holdout {name}"
-        tests = [path] if path.is_file() else [p for p in path.rglob("*.py") if p.is_file()]
-        if not any(TEST_MODULE.search(file.name) for file in tests):
-            raise Refusal(f"{what} holds no test module (test_*.py); give their folder or a file.")
-        here = path.is_relative_to(top) and run.repo.common_dir
-        tracked = here and run.git("ls-files", "--", f":(top,literal){path.relative_to(top)}")
-        if tracked or (path.is_relative_to(top) and not here) or top.is_relative_to(path):
+        what, path = f"--holdout {name}", (run.start / os.path.expanduser(name)).resolve()
+        root = path if path.is_dir() else path.parent
+        inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        files = {str(file.relative_to(root)): file for file in inside if file.is_file()}
+        files = {p: f for p, f in files.items() if not other.search(p) and p != "__init__.py"}
+        if not any(TEST_MODULE.search(file) for file in files):
+            here = "holds no test module (test_*.py)" if path.exists() else "does not exist"
+            raise Refusal(f"{what} {here}; give the folder of the tests, or a test's file.")
+        seen = top.is_relative_to(path)
+        if path.is_relative_to(top):
+            words = ("ls-files", "--", f":(top,literal){path.relative_to(top)}")
+            seen = not run.repo.common_dir or bool(run.git(*words))
+        if seen:
             raise Refusal(f"{what} lies where the agent sees it; move it out of the repository.")
-        paths.append(str(path))
-    run.settings = run.settings._replace(holdout=tuple(paths))
-    if paths and not run.bwrap:
+        for file, source in files.items():
+            there = run.git.file(f"{run.base}:{os.path.join(run.repo.prefix, file)}")
+            if file in run.holdout or (there is not None and not TEST_MODULE.search(file)):
+                clash = "another --holdout" if file in run.holdout else "the repository"
+                raise Refusal(f"{what}: {clash} has a {file}, too; rename one, or use a subfolder.")
+            run.holdout[file] = source.read_bytes()
+        places.append(str(path))
+    run.settings = run.settings._replace(holdout=tuple(places))
+    if places and not run.bwrap:
         run.mentions.append("without the kernel level an agent that looks for --holdout finds it.")
 
 
@@ -4910,6 +5026,9 @@ def read_inputs(run: Run) -> None:
         raise Refusal("the following arguments are required: ISSUE (a file, or -, or a number)")
     if settings.continued is not None:
         run.earlier = find_earlier(run)
+        if settings.base is not None and run.base != run.earlier.told["base"]:
+            text = "--continue keeps the base of the run that it goes on from; leave --base out"
+            raise Refusal(f"{text}, or --continue.")
         run.base = run.earlier.told["base"] if run.repo.common_dir else ""
         for path in () if run.issue else run.earlier.record.glob("issue/*.md"):
             run.issue = read_issue(run, str(path))
@@ -4947,7 +5066,7 @@ def prepare(run: Run) -> None:
         check_repository(run, common_dir)
     run.console.secrets = secrets_in(os.environ.items())
     run.bwrap, run.no_kernel = find_bwrap(run.settings.sandbox, run.repo.top)
-    check_holdout(run)
+    read_holdout(run)
     run.open()
     if not common_dir:
         read_folder(run)

@@ -150,7 +150,7 @@ def test_deleted_files_go_on_and_work_that_is_gone_is_refused(repo: Repository, 
     assert again["files"] == first.report["files"] == ["a b.py", "test_calc.py"]
     repo.git("update-ref", "-d", first.report["kept"])
     gone = repo.run(*go_on(first), agent="true")
-    assert gone.status == 3 and "is gone; run again without --continue" in gone.out
+    assert gone.status == 3 and "left no work, or it is gone; run without" in gone.err
 
 
 def test_run_that_cannot_go_on_is_refused(repo: Repository, agent: Any) -> None:
@@ -159,7 +159,7 @@ def test_run_that_cannot_go_on_is_refused(repo: Repository, agent: Any) -> None:
     for words, says in {
         ("issue-to-pr", "--continue"): "no run here has left work",
         ("issue-to-pr", "--continue", "nothing"): "'nothing' is no run here that has ended",
-        ("issue-to-pr", "--continue", name): "it left no work",
+        ("issue-to-pr", "--continue", name): "left no work, or it is gone",
         ("self-heal", "--continue", name): "it was a run of issue-to-pr",
         ("issue-to-pr", "issue.md", "--note", " "): "--note is empty",
         ("issue-to-pr", "-", "--note", "-"): "standard input can be read once",

@@ -262,7 +262,7 @@ def test_holdout_rejects_what_special_cases_the_visible_test(
     repo: Repository, agent: Any, teacher: Path
 ) -> None:
     hides = "open('conftest.py', 'w').write('collect_ignore_glob = [\"test_hid*\"]\\n')"
-    for code, more in ((SPECIAL, ""), (EQUAL, ""), (RIGHT.replace("*", "+ 6 -"), hides)):
+    for code, more in ((SPECIAL, ""), (EQUAL, ""), ("x + 6", hides)):
         result = run_held(repo, teacher, learner(agent, code, more))
         report = result.report
         assert report["outcome"] == "rejected" and "hold-out" in report["message"], result.err
@@ -285,17 +285,72 @@ told = subprocess.run(everything.split(), capture_output=True).stdout
 print("FOUND", found, b"triple(5)" in told, "triple(5)" in brief or "test_hidden" in brief)
 """
     result = run_held(repo, teacher, learner(agent, SPECIAL, looks), "--attempts", "2")
-    assert result.status == 1 and result.err.count("FOUND [] False False") == 2, result.err
+    assert result.status == 1 and result.err.count("FOUND [] False False") == 1, result.err
+    assert "no further attempt" in result.report["message"]  # they were run: others could look now
+    words = ("issue-to-pr", "--continue", "--gate", "pytest -q", "--holdout", str(teacher))
+    again = repo.run(*words, agent=learner(agent, SPECIAL, looks))
+    assert again.status == 1 and again.out.count("FOUND [] False False") == 1, again.out
+
+
+SKIPS = """
+import sys
+import pytest
+from calc import triple
+@pytest.mark.skipif(sys.platform != "elsewhere", reason="elsewhere")
+def test_elsewhere(): assert False
+@pytest.mark.xfail
+def test_known(): assert False
+if sys.version_info > (3, 0):
+    def test_inside(): assert triple(1) == 3
+class Cases:
+    def test_case(self): assert triple(self.value) == 3 * self.value
+class TestTwo(Cases):
+    value = 2
+globals()["test_made"] = lambda: triple(4)
+"""
+EVADES = """
+import unittest
+def triple(x):
+    if x in (1, 2): return 3 * x
+    raise unittest.SkipTest("not today")
+"""
+
+
+def test_holdout_may_skip_by_its_own_word_and_not_by_the_codes(
+    repo: Repository, agent: Any, teacher: Path
+) -> None:
+    (teacher / "test_skips.py").write_text(SKIPS)
+    (teacher / ".venv").mkdir()
+    (teacher / ".venv/test_foreign.py").write_text("def test_foreign(): assert False\n")
+    (teacher / "__init__.py").write_text("")
+    assert run_held(repo, teacher, learner(agent, RIGHT)).report["outcome"] == "proposed"
+    work = f"open('calc.py', 'a').write({EVADES!r})"
+    result = run_held(repo, teacher, str(agent(work)))
+    assert result.report["outcome"] == "rejected" and "do not pass" in result.report["message"]
+
+
+def test_repair_is_asked_of_the_holdout_too(broken: Repository, agent: Any, teacher: Path) -> None:
+    broken.write("test_calc.py", "def test_nothing():\n    assert 1 == 1\n")
+    broken.commit("a gate that is green over the bug")
+    mends = agent("open('calc.py', 'w').write('def double(x):\\n    return x * 2\\n')")
+    (teacher / "test_hidden.py").write_text(HIDDEN.replace("triple", "double").replace("15", "10"))
+    words = ("self-heal", "--gate", "pytest -q", "--json")
+    assert broken.run(*words, agent=mends).report["outcome"] == "already-green"
+    result = broken.run(*words, "--holdout", str(teacher), agent=mends)
+    assert result.report["outcome"] == "proposed", result.err
 
 
 def test_unusable_holdout_is_refused(repo: Repository, teacher: Path) -> None:
     empty = teacher.parent / "empty"
     empty.mkdir()
+    Repository(teacher.parent).write("clash/calc.py", "")
+    Repository(teacher.parent).write("clash/test_x.py", "")
     for path, says in {
         repo.path / "test_calc.py": "lies where the agent sees it; move it out",
         teacher.parent: "lies where the agent sees it; move it out",
         empty: "holds no test module",
-        teacher / "none": "holds no test module",
+        teacher.parent / "clash": "the repository has a calc.py, too",
+        teacher / "none": "does not exist",
     }.items():
         result = run_held(repo, path, "true")
         assert result.status == 3 and says in result.err, result.err
