@@ -335,11 +335,12 @@ def read_issue(run: Run, name: str) -> Issue:
 
     UTF-8, at most 1 MiB.
     """
-    what = "the issue on standard input" if name == "-" else f"the issue {name!r}"
+    shown = os.environ.get(PART, name)  # of one of several: their parent has read it
+    what = "the issue on standard input" if shown == "-" else f"the issue {shown!r}"
     at_forge = re.fullmatch(r"#?(\d+)|https?://\S+", name)
     if at_forge and not os.path.exists(name):
         return fetch_issue(run, issue_address(run, at_forge[1] or name))
-    return make_issue(name, read_input(name, what), what)
+    return make_issue(shown, read_input(name, what), what)
 
 
 def make_issue(name: str, data: bytes, what: str) -> Issue:
@@ -1438,7 +1439,8 @@ def command_words(run: Run, command: str, *more: str, **changed: Any) -> list[st
     once = {"continued", "note", "log", "jobs"}  # what is for this one run
     once |= {"base"} if "--continue" in more else set()
     once |= {"json", "switch"} if PART in os.environ else set()
-    issues = [changed.pop("issue")] if "issue" in changed else run.settings.issue
+    issues = [os.environ[PART]] if PART in os.environ else run.settings.issue
+    issues = [changed.pop("issue")] if "issue" in changed else issues
     words = [*issues] if command == "issue-to-pr" and "--continue" not in more else []
     given = {name: value for name, value in run.given.items() if name not in once}
     for name, value in (given | changed).items():
@@ -3149,15 +3151,19 @@ def judge_ground(run: Run) -> list[Path]:
         Path(__file__).resolve(),
     }
     folders |= {run.environment} if run.environment else set()
-    for words in (*run.commands, ["python3"]):
+    for words in (*run.commands, ["python3"], ["git"], ["bwrap"]):
         program = find_program(run, words[0])
         for place in (program, program.resolve()) if program else ():
             root = place.parent.parent
             whole = (root / "pyvenv.cfg").exists() or any(root.glob("lib/python3*"))
             whole = (whole and root != home_folder() / ".local") or place.parent.name == "shims"
             folders.add(root if whole else place.parent)
-    searched = map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    folders |= {p for p in searched if p.is_absolute() and not p.is_relative_to(run.repo.top)}
+    places = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *run.path]
+    words = [word for command in run.commands for word in command]
+    named = [os.path.expanduser(part) for word in words for part in (word, word.partition("=")[2])]
+    places += filter(os.path.isfile, named)  # a folder may be for what the command writes
+    outside = (Path(p) for p in places if os.path.isabs(p))
+    folders |= {path for path in outside if not path.is_relative_to(run.repo.top)}
     return sorted(folders)
 
 
@@ -3604,10 +3610,11 @@ class Run:
         self.settings, self.repo, self.console, self.signals = settings, repo, console, signals
         self.is_repair = settings.command == "self-heal"
         self.start = repo.top / repo.prefix
-        self.git = Git("-C", str(repo.top))
         self.base, self.slug, self.title = repo.head, "self-heal", "the gate was red at the base"
         self.path = [folder for folder in os.get_exec_path() if os.path.isdir(folder)]
         self.path.append(os.path.dirname(sys.executable))
+        os.environ["PATH"] = os.pathsep.join(self.path)  # a folder that appears later is not asked
+        self.git = Git("-C", str(repo.top))
         self.work_trees: dict[Path, str] = {}
         self.machine: dict[str, list[str]] = {}  # the sandbox's arguments that are always the same
         self.stop = threading.Event()
@@ -4495,10 +4502,10 @@ def run_several(run: Run) -> dict[str, Any]:
     for issue in issues:
         label = "stdin" if issue == "-" else re.sub(r"\W", "_", Path(issue).stem)[-30:]
         labels.append(f"{label}_{len(labels) + 1}" if label in labels else label)
+    texts = [read_input(one, "") if one == "-" or os.path.isfile(one) else None for one in issues]
+    tasks = zip(issues, texts, labels, strict=True)  # read now: no agent can rewrite the next one's
     with ThreadPoolExecutor(jobs) as pool:
-        work = [
-            pool.submit(run_one, run, *told, children) for told in zip(issues, labels, strict=True)
-        ]
+        work = [pool.submit(run_one, run, *task, children) for task in tasks]
         try:
             reports = [future.result() for future in work]
         except Interrupted as error:  # each keeps its work, and ends
@@ -4516,20 +4523,21 @@ def run_several(run: Run) -> dict[str, Any]:
     return {"exit_code": status, "runs": reports, "conflicts": conflicts}
 
 
-def run_one(run: Run, issue: str, label: str, children: dict[Any, bool]) -> dict[str, Any]:
+def run_one(
+    run: Run, issue: str, text: bytes | None, label: str, children: dict[Any, bool]
+) -> dict[str, Any]:
     """One run in a process of its own, its lines shown behind its name; its report."""
-    words = command_words(run, "issue-to-pr", issue=issue, json=True, switch=False)
+    name = issue if text is None else "-"
+    words = command_words(run, "issue-to-pr", issue=name, json=True, switch=False)
     ended = {"outcome": None, "exit_code": 130, "message": "was not started", "branch": None}
-    with tempfile.TemporaryFile() as out:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as given:
         if run.stop.is_set():
             return {"issue": issue, **ended}
-        argv, stdin = (
-            [sys.executable, __file__, *words],
-            None if issue == "-" else subprocess.DEVNULL,
-        )
-        how: Any = {"stdin": stdin, "stdout": out, "stderr": subprocess.PIPE}
-        env = os.environ | {PART: "1"}
-        child = subprocess.Popen(argv, start_new_session=True, env=env, **how)
+        given.write(text or b"")
+        given.seek(0)
+        how: Any = {"stdin": given, "stdout": out, "stderr": subprocess.PIPE}
+        how |= {"env": os.environ | {PART: issue}, "start_new_session": True}
+        child = subprocess.Popen([sys.executable, __file__, *words], **how)
         children[child] = False
         for line in child.stderr or ():
             children[child] = True
