@@ -3134,7 +3134,7 @@ def machine_args(run: Run, *, writable: bool) -> list[str]:
     ]
     for seen, folder in zip(borrowed_objects(run), object_folders(run), strict=True):
         args += ["--ro-bind", str(folder), str(seen)]
-        if seen != folder and (folder / "info/alternates").exists():  # they would lead in a circle
+        if (folder / "info/alternates").exists():  # they would lead in a circle
             args += ["--ro-bind", f"{run.folder}/guard/empty/nothing", f"{seen}/info/alternates"]
     return args
 

@@ -445,6 +445,25 @@ printf '#!/bin/sh\\n' >bin/checker; chmod 755 bin/checker
 """
 
 
+# Reads a clone's objects as some libraries do (GitPython's): from one folder to those it borrows.
+BORROWED = """
+def follow(folder, *before):
+    path = pathlib.Path(folder, "info/alternates")
+    lines = path.read_text().split("\\n") if path.exists() else []
+    told["circle"] = told.get("circle") or folder in before
+    for line in filter(None, () if folder in before else lines):
+        follow(line, folder, *before)
+
+follow(os.path.realpath(".git/objects"))
+"""
+
+
+@levels
+def test_borrowed_objects_lead_in_no_circle(repo: Repository, agent: Any, level: str) -> None:
+    result = act(repo, agent, BORROWED, "--sandbox", level)
+    assert proposed(repo, result) and told_by_agent()["circle"] is False
+
+
 @needs_bwrap
 def test_under_the_kernel_level_no_way_leads_out_of_the_clone(
     busy: Repository, tmp_path: Path, agent: Any
