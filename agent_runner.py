@@ -440,14 +440,17 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
     if run.log:
         parts.append(f"The end of the log of the job that failed:\n\n{fenced('LOG', run.log)}")
     if run.earlier and not previous:
-        parts.append(f"An earlier run ended so: {run.earlier.message}\nIts work lies here.\n")
+        message = one_line(run.earlier.message, 500)
+        parts.append(f"An earlier run ended so: {message}\nIts work lies here.\n")
     if run.note_given:
         parts.append(f"A note from the person who supervises:\n\n{fenced('NOTE', run.note_given)}")
     if previous and previous.change:
-        files = "".join(f"  {file.status} {file.path}\n" for file in previous.change.files[:50])
-        left = "".join(f"  {finding_text(found)}\n" for found in previous.change.left_out[:10])
+        files = [f"  {file.status} {one_line(file.path)}\n" for file in previous.change.files]
+        told = [
+            finding_text(found).partition(" To let it in")[0] for found in previous.change.left_out
+        ]
         parts.append(f"Attempt {previous.number} changed these files, which lie as it left them:\n")
-        parts.append(f"{files}{left}")
+        parts.append("".join([*files[:50], *(f"  {text}\n" for text in told[:10])]))
     if failure and not failure.is_green:
         told = [finding_text(finding) for finding in failure.rejecting]
         for check in failure.checks:
@@ -527,7 +530,7 @@ def earlier_tree(run: Run, earlier: Earlier) -> str:
     """The tree of the work that an earlier run left."""
     private, told, base = run.private, earlier.told, run.private.tree_of(run.base)
     if earlier.folder:
-        return killed_tree(run, earlier.folder, told["tree"])
+        return killed_tree(run, earlier.folder, told)
     if not run.repo.common_dir:
         index, patch = private.dir / "index-earlier", earlier.record / "change.patch"
         private("read-tree", base, index=index)
@@ -557,14 +560,16 @@ def earlier_tree(run: Run, earlier: Earlier) -> str:
     return private.tree_of(work)
 
 
-def killed_tree(run: Run, folder: Path, before: str) -> str:
+def killed_tree(run: Run, folder: Path, told: dict[str, Any]) -> str:
     """What lies in the workspace of a killed run, without what its setup had made."""
     call(["cp", "-RPn", f"{folder}/git/objects/.", str(run.private.dir / "objects")])
     clone = Clone(run, "killed", run.base)
-    clone.path = folder / "workspace" / run.repo.top.name
+    clone.path, clone.inode = folder / "workspace" / run.repo.top.name, int(told["inode"])
+    if not is_intact(clone):
+        raise Refusal(f"the workspace {clone.path} was replaced; look at it by hand.")
     shutil.copyfile(folder / "workspace.index", clone.index_file)
     whole, _ = capture(run, clone)
-    made = entries_of(run.private, before, whole).values()
+    made = entries_of(run.private, told["tree"], whole).values()
     return build_tree(run.private, run.private.tree_of(run.base), made)
 
 
@@ -572,7 +577,7 @@ def lay_work(run: Run, clone: Clone, tree: str) -> None:
     """Put a tree's files into a clone of the base, over what a setup made there."""
     entries = entries_of(run.private, run.private.tree_of(run.base), tree)
     for path, entry in entries.items():
-        if entry.startswith("0 ") and not follows_link(clone.path / path):
+        if entry.startswith("0 ") and not follows_link((clone.path / path).parent):
             (clone.path / path).unlink(missing_ok=True)
     words = ("update-index", "--add", "--replace", "-z", "--index-info")
     run.private(*words, clone=clone, stdin=os.fsencode("".join(sorted(entries.values()))))
@@ -732,14 +737,14 @@ def run_agent(run: Run, brief: str) -> Ran:
 # that the gate's commands read), or the code. What no commit can hold is left out and told.
 
 SUPERVISORS = re.compile(
-    r"(^|/)(\.(?!git(ignore|keep)(/|$))|((AGENTS|CLAUDE|GEMINI|agent-config)\.md|CODEOWNERS"
+    r"(^|/)(\.(?!git(ignore|keep)(/|$))|((AGENTS|CLAUDE|GEMINI|agent-config)(\.\w+)?\.md|CODEOWNERS"
     r"|Jenkinsfile|(azure|bitbucket)-pipelines\.yml|appveyor\.yml)$)"
 )
 SETTINGS = re.compile(
     r"(^|/)(conftest\.py|\.gitignore|(GNU)?[Mm]akefile|justfile|noxfile\.py"
     r"|(package|tsconfig)\.json"
     r"|pytest\.ini|tox\.ini|setup\.cfg|pyproject\.toml|ruff\.toml|mypy\.ini)$"
-    r"|\.dist-info/"  # which can name plug-ins
+    r"|(?i:\.(dist|egg)-info)(/|$)"  # which can name plug-ins
 )
 TEST_FOLDER = re.compile(r"(^|/)(tests?|specs?|__tests__|testdata)/", re.IGNORECASE)
 TEST_MODULE = re.compile(
@@ -789,14 +794,40 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
         judges = run.is_repair and not entry.startswith("0 ") and is_judges(run, path)
         if (judges or is_supervisors(path)) and not is_allowed(run, path):
             back.append(restored(private, base, whole, path, entry) if judges else entry)
+        elif path.endswith("pyproject.toml") and not is_allowed(run, path):
+            back += own_table_back(private, base, whole, path)
     tree = build_tree(private, whole, back)
     for path, entry in sorted(entries_of(private, whole, tree).items()):
         what = "was left out" if entry.startswith("0 ") else "was put back"
-        why = "steers tools or agents" if is_supervisors(path) else "judges the repair"
+        why = "judges the repair" if run.is_repair else "steers tools or agents"
+        why = "steers tools or agents" if is_supervisors(path) else why
+        if path.endswith("pyproject.toml") and not run.is_repair:
+            what = f"its {LASTING} {what}"
         allow = command_line(run, run.settings.command, "--continue", run.name, "--allow", path)
         text = f"{what}: it {why}. To let it in: {allow}"
         found.append(Finding("put-back", path, None, "shown", text))
     return tree, found
+
+
+def own_table_back(private: Git, base: str, whole: str, path: str) -> list[str]:
+    """The entry of a pyproject.toml with this program's own settings as the base has them, since
+    later runs are judged by them; none where they are the same."""
+    old, new = (private.file(f"{tree}:{path}") or b"" for tree in (base, whole))
+    if not new or lasting_of(old) == lasting_of(new):
+        return []
+    own = [text for head, text in tables(old) if head == "tool.agent-runner"]
+    merged = b"".join(text for head, text in tables(new) if head != "tool.agent-runner")
+    merged = b"".join([merged, *own])
+    return [new_entry(private, path, merged if lasting_of(merged) == lasting_of(old) else old)]
+
+
+def lasting_of(data: bytes) -> Any:
+    """What a pyproject.toml says of this program's own settings."""
+    try:
+        return read_toml(data).get("tool", {}).get("agent-runner")
+    except (ImportError, ValueError, AttributeError):  # no reader in Python 3.10; no TOML
+        own = [text for head, text in tables(data) if head == "tool.agent-runner"]
+        return b"".join(own) or None
 
 
 def restored(private: Git, base: str, tree: str, path: str, entry: str) -> str:
@@ -856,8 +887,10 @@ def is_among_tests(run: Run, path: str) -> bool:
 def is_test_data(run: Run, path: str) -> bool:
     """Is this a file that tests name and no code does: what they compare with?"""
     words = ("grep", "-lzF", "-e", os.path.basename(path), run.base, "--", "*.py")
-    if path.endswith((".py", ".pyi", ".md", ".rst")) or len(run.sides) > 500:
+    if path.endswith((".py", ".pyi", ".md", ".rst")):
         return False
+    if len(run.sides) > 500:  # too many to ask for each
+        return True
     places = [place.partition(":")[2] for place in zsplit(run.private(*words, check=False))]
     return bool(places) and all(is_judges(run, place) for place in places)
 
@@ -877,6 +910,11 @@ def capture(run: Run, clone: Clone) -> tuple[str, list[Finding]]:
     ):
         for folder, _, names in os.walk(clone.path):
             links.update(os.lstat(os.path.join(folder, name)).st_ino for name in names)
+    if any(os.path.islink(clone.path / path) for path in new):  # in the place of a folder, perhaps
+        gone = [p for p in new if follows_link((clone.path / p.rstrip("/")).parent)]
+        removed = ("update-index", "--force-remove", "-z", "--stdin")
+        private(*removed, clone=clone, stdin=os.fsencode("\0".join(gone)))
+        new = [path for path in new if path not in {*gone}]
     left_out |= {path: reason for path in new if (reason := unfit(clone, path, links))}
     left_out |= add_paths(private, clone, [path for path in new if path not in left_out])
     if left_out:  # as the base has them
@@ -1055,27 +1093,51 @@ def clean_checkout(run: Run, commit: str) -> Iterator[tuple[Clone, Check]]:
 
 def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check, ...]:
     """Run the gate, or some of its commands, in a clean checkout."""
-    commands = commands or run.settings.gate
+    judged, doubtful, rewritten = list[Check](), set[int](), ""
+    words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
     with clean_checkout(run, commit) as (clone, ready):
         if not ready.passed:
             return (ready,)
-        if commands == DEFAULT_GATE:  # these two do not need each other
-            with beside(run.stop, lambda: run_check(run, clone, commands[0])) as lint:
-                tested = run_check(run, clone, commands[1])
-                checks: tuple[Check, ...] = (lint(), tested)
-        else:
-            judged = list[Check]()
-            for command in commands:
-                if judged:  # what a command rewrote is not what is proposed
-                    run.private("checkout-index", "-f", "-a", clone=clone, check=False)
-                judged.append(run_check(run, clone, command))
-            checks = tuple(judged)
-        if commit != run.base:  # a formatter, say: its correction is kept as a patch
-            words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
-            run.rewritten = run.private(*words, clone=clone, check=False)
-            new = zsplit(run.private("ls-files", "-oz", "--exclude-standard", clone=clone))
-            run.planted = [p for p in new if is_setting(run, p) and not is_among(p, run.lent)]
-        return checks
+        for number, command in enumerate(commands or run.settings.gate):
+            if number:  # what a command rewrote is not what is proposed
+                run.private("checkout-index", "-f", "-a", clone=clone, check=False)
+                doubtful |= {number} if left_in(run, clone) else set()
+            judged.append(run_check(run, clone, command))
+            if commit != run.base:
+                rewritten = run.private(*words, clone=clone, check=False) or rewritten
+        if commit != run.base:
+            run.rewritten = rewritten  # by a formatter, say: its correction is kept as a patch
+            run.planted = [path for path in left_in(run, clone) if is_setting(run, path)]
+    if commit != run.base:
+        checks = enumerate(judged)
+        return tuple(ask_afresh(run, commit, c) if n in doubtful else c for n, c in checks)
+    return tuple(judged)
+
+
+def left_in(run: Run, clone: Clone) -> list[str]:
+    """What the commands so far have left in a checkout that is not ignored; Git's own rules for
+    what is ignored count as that, too, where they are not as we wrote them."""
+    new = zsplit(run.private("ls-files", "-oz", "--exclude-standard", clone=clone))
+    told = read_text(run.private.dir / "info/exclude") + excluded(run)
+    rules = ".git/info/exclude"
+    is_steered = read_text(clone.path / rules).strip() != told.strip()
+    return [path for path in new if not is_among(path, run.lent)] + [rules] * is_steered
+
+
+def ask_afresh(run: Run, commit: str, check: Check) -> Check:
+    """A later command that is green is to be green by itself, too, if it is so at the base."""
+    if not check.passed:
+        return check
+    alone = run_alone(run, commit, check.command)
+    if alone.passed or not run_alone(run, run.base, check.command).passed:
+        return check
+    reason = f"{alone.reason}, where no other command was run before it"
+    return alone._replace(reason=reason)
+
+
+def run_alone(run: Run, commit: str, command: str) -> Check:
+    with clean_checkout(run, commit) as (clone, ready):
+        return run_check(run, clone, command) if ready.passed else ready
 
 
 def run_check(
@@ -1513,7 +1575,9 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         findings.append(Finding("planted", path, None, severity, text))
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
-        proof["contradicted"] = {n: o for n, o in answers["bite"].items() if n in passed}
+        unseen = {n for n in passed if function_key(n) in run.contradicted}
+        proof["contradicted"] = dict.fromkeys(sorted(unseen), "could not run")
+        proof["contradicted"] |= {n: o for n, o in answers["bite"].items() if n in passed}
         edited = {file.old_path for file in change.files}
         proof["new_on_old"] = new_on_old(run, plan, answers["proof"], passed, edited)
         findings += show_bite(run, change, plan, proof, passed)
@@ -1543,8 +1607,12 @@ def make_plan(run: Run, change: Change) -> Plan:
             if names := {name for name, _, text in here if before.get(name) != text}:
                 plan.biting[file.path] = names
     for name, outcome in all_functions(run.baseline).items():
-        if outcome in BAD and "::" in name and file_of(name) not in plan.edited:
-            plan.biting.setdefault(file_of(name), set()).add(name.partition("::")[2])
+        if outcome in BAD and file_of(name) not in plan.edited:
+            inside = {name.partition("::")[2]}
+            if "::" not in name:  # it could not be collected
+                source = run.private.file(f"{run.base}:{name}")
+                inside = {function for function, *_ in test_functions(source)}
+            plan.biting.setdefault(file_of(name), set()).update(inside)
     return plan
 
 
@@ -1580,12 +1648,20 @@ def under_base_judge(run: Run, change: Change, plan: Plan) -> tuple[str, str]:
 def ask_holdout(run: Run, tree: str) -> list[Check]:
     """Do the hold-out tests pass in this tree, and fail once they are contradicted? What is red is
     asked twice. They lie in these checkouts alone, and never among the run's objects."""
-    for _ in range(2 if run.holdout else 0):
-        check = run_holdout(run, tree, twins=False)
-        twins = run_holdout(run, tree, twins=True) if check.passed else check
-        if twins.passed:
-            return [check]
-    return [twins] if run.holdout else []
+    check = None
+    for _ in range(2 if run.holdout else 0):  # at once: what one leaves must not teach the other
+        answers = side_by_side(
+            run,
+            plain=lambda: run_holdout(run, tree, twins=False),
+            twins=lambda: run_holdout(run, tree, twins=True),
+        )
+        check = answers["plain"]
+        if not check.passed:
+            continue
+        if answers["twins"].passed:
+            break
+        check = answers["twins"]
+    return [check] if check else []
 
 
 def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
@@ -1611,6 +1687,9 @@ def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
     tests = by_function(check.tests)
     bad = [name for name, how in tests.items() if how in BAD or is_evaded(run, name, how, asked)]
     reason = f"{len(bad)} of {len(tests)} hold-out tests do not pass"
+    gone = sorted(expected_names(run.holdout) - tests.keys()) if not bad and not twins else []
+    if gone:
+        bad, reason = gone, f"{len(gone)} of the hold-out tests were not run"
     if twins:
         bad = [n for n, how in tests.items() if how == "passed" and function_key(n)[1] in names]
         reason = f"{len(bad)} of {len(tests)} hold-out tests pass even when told the opposite"
@@ -1618,6 +1697,19 @@ def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
         reason = check.reason
     passed = not bad and (twins or check.passed)
     return check._replace(name="holdout", passed=passed, reason="passed" if passed else reason)
+
+
+def expected_names(files: Mapping[str, bytes]) -> set[str]:
+    """Tests that pytest is sure to take from some modules: functions, and methods of Test…, that
+    stand there under no condition."""
+    found = set[str]()
+    for path in filter(TEST_MODULE.search, files):
+        for name, node, _ in test_functions(files[path]):
+            inside = re.fullmatch(r"(Test\w*::)?\w+", name)
+            is_plain = inside and node.col_offset in ((1, 2, 4) if inside[1] else (0,))
+            if is_plain and not node.decorator_list and b"__test__" not in files[path]:
+                found.add(f"{path}::{name}")
+    return found
 
 
 def is_evaded(run: Run, test: str, outcome: str, asked: set[str]) -> bool:
@@ -1665,6 +1757,11 @@ def compare_with_base(
     if verdict.is_green:
         severity = "shown"
         text = "steers the checks and was changed; the base's tests are green without that, too."
+    if run.unasked:
+        severity = "first"
+        text = (
+            "steers the checks and was changed; --setup fails without that, so nothing was asked."
+        )
     steer = sorted(plan.settings)
     return findings + [Finding("judge-changed", p, None, severity, text) for p in steer]
 
@@ -1680,6 +1777,7 @@ def unlike_base(run: Run, tree: str) -> dict[str, Any]:
                 words = split_command(known.command, "--gate")
                 words = with_options(words, "--continue-on-collection-errors", "--maxfail=0")
                 check = run_in_tree(run, tree, known.command, words)
+                run.unasked |= check.fault == "setup"
                 now = by_function(check.tests) if check.fault != "setup" else wanted
                 now |= {
                     n: "passed" for n in wanted if "::" not in n and n not in now
@@ -1698,6 +1796,7 @@ def unlike_base_settings(run: Run, tree: str) -> list[Check]:
     red: list[Check] = []
     for _ in range(2):
         checks = run_gate(run, commit, commands) if commands else ()
+        run.unasked |= any(check.fault == "setup" for check in checks)
         red = [
             c for c in checks if not c.passed and c.fault not in ("tests", "collection", "setup")
         ]
@@ -1759,26 +1858,44 @@ def with_base_settings(run: Run, change: Change, plan: Plan) -> str:
 
 
 def merge_settings(old: bytes, new: bytes) -> bytes:
+    """The change's settings file with the tables of tools as the base has them; the base's file
+    where that cannot be told, or where the change would load a plug-in of pytest's."""
     tools = {head: b"" for head, _ in tables(old) if not NEEDED.match(head)}
     for head, text in tables(old):
         if head in tools:
             tools[head] += text
     kept = [text if NEEDED.match(head) else tools.pop(head, b"") for head, text in tables(new)]
-    return b"".join([*kept, *tools.values()])
+    merged = b"".join([*kept, *tools.values()])
+    is_plugin = b"pytest11" in merged and b"pytest11" not in old
+    return old if is_plugin or tools_of(merged) != tools_of(old) else merged
+
+
+def tools_of(data: bytes) -> Any:
+    """The tables of tools in a TOML file, as its reader has them; of an INI file, as ours has."""
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        read = read_toml(data).get("tool", {})
+        return {name: table for name, table in read.items() if not NEEDED.match(f"tool.{name}")}
+    return sorted(text.strip() for head, text in tables(data) if not NEEDED.match(head))
+
+
+def read_toml(data: bytes) -> dict[str, Any]:
+    """What a TOML file says. ImportError on Python 3.10, which has no reader; ValueError."""
+    import importlib
+
+    read: dict[str, Any] = importlib.import_module("tomllib").loads(data.decode("utf-8-sig"))
+    return read
 
 
 def tables(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The tables of a TOML or INI file: the name of each, and its text with its heading."""
-    head, lines = "", list[bytes]()
-    for line in data.splitlines(keepends=True):
-        match = (
-            re.match(rb"\[+([^\[\],=]+)\]+\s*([#;].*)?$", line.strip()) if len(line) < 500 else None
-        )
-        if match:
-            yield head, b"".join(lines)
-            head, lines = match[1].decode("utf-8", "replace").replace('"', "").strip(), []
+    head, lines = "", list[str]()
+    for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
+        start, _, comment = line.strip().lstrip("[").partition("]")
+        if line.lstrip().startswith("[") and re.match(r"\]?\s*([#;]|$)", comment):
+            yield head, os.fsencode("".join(lines))
+            head, lines = start.replace('"', "").replace("'", "").strip(), []
         lines.append(line)
-    yield head, b"".join(lines)
+    yield head, os.fsencode("".join(lines))
 
 
 # The third question: does the judge bite?
@@ -1829,6 +1946,7 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
     found = {n: o for n, o in run_test_files(run, tree, files).items() if function_key(n) in wanted}
     passes = {name for name, outcome in found.items() if outcome == "passed"}
     again = run_test_files(run, tree, {file_of(name) for name in passes})
+    run.contradicted |= wanted if pytest_start(run) else set()
     return {n: again.get(n, o) if n in passes else o for n, o in found.items()}
 
 
@@ -1848,17 +1966,23 @@ def contradicted(source: bytes | None, names: set[str]) -> bytes:
 
     try:
         tree = ast.parse(source or b"")
+        text = opposite("other_", False)
+        other = ast.parse(OTHER.format(name=text, text=text, some=opposite(1000, False))).body
         for name, node, _ in test_functions(tree):
-            if name in names and not contradict_last(node):
+            if name in names and not contradict_last(node, text):
                 leaves = any(isinstance(part, (ast.Return, ast.Raise)) for part in ast.walk(node))
                 node.body.insert(0 if leaves else len(node.body), ast.parse("assert 0").body[0])
+        future = [part for part in tree.body if isinstance(part, ast.ImportFrom)]
+        at = 1 + max((tree.body.index(p) for p in future if p.module == "__future__"), default=0)
+        tree.body[at:at] = other
         return ast.unparse(tree).encode("utf-8", "surrogatepass")
     except UNREADABLE:
         return b""
 
 
-def contradict_last(function: Any) -> bool:
-    """Turn the last comparison of a test into its opposite; False where it has none."""
+def contradict_last(function: Any, other: str) -> bool:
+    """Turn the last comparison of a test into its opposite; False where it has none. `other` is
+    the name of what makes another value when the twin runs."""
     import ast
 
     raising = [node for node in function.body if isinstance(node, ast.With) and expects_error(node)]
@@ -1875,7 +1999,8 @@ def contradict_last(function: Any) -> bool:
             if literal := literal_in(sides[number]):
                 literal.value = opposite(literal.value, tolerant)
                 return True
-        sides[-1] = ast.parse("object()").body[0].value  # type: ignore[attr-defined]
+        named = ast.Name(other, ast.Load())
+        sides[-1] = ast.Call(named, [sides[-1]], [])
         return True
     for node in raising:
         node.body = [ast.Pass()]
@@ -1948,16 +2073,36 @@ def literal_in(node: Any) -> Any:
 
 
 def opposite(value: Any, tolerant: bool) -> Any:
-    """Another value of the same kind: near, but beyond what isclose and the like let pass by
-    themselves; far, where a tolerance is named."""
+    """Another value of the same kind, a new one each time: near, but beyond what isclose and the
+    like let pass by themselves; far, where a tolerance is named."""
+    from random import SystemRandom
+
+    chance = SystemRandom()
+    letters = "".join(chance.choices("bcdfghjklmnpqrstvwxz", k=5))
     if value is None or isinstance(value, bool):
-        return ... if value is None else not value
+        return chance.choice((letters, 17.5)) if value is None else not value
     if isinstance(value, (str, bytes)):
-        return value + (b"!~" if isinstance(value, bytes) else "!~")  # type: ignore[operator]
+        return value + (letters.encode() if isinstance(value, bytes) else letters)  # type: ignore[operator]
+    some = chance.randrange(1, 90)
     if isinstance(value, int):
-        return value + (abs(value) + 1_000_003 if tolerant else 1 + abs(value) // 1000)
-    far = value + (abs(value) + 1_000_003 if tolerant else (abs(value) + 1) / 1000)
+        return value + (abs(value) + 1_000_003 if tolerant else 1 + abs(value) // 1000) * some
+    far = value + some * (abs(value) + 1_000_003 if tolerant else (abs(value) + 1) / 1000)
     return far if far != value else 0  # infinity
+
+
+# What an expected value that is not written out becomes: another one like it, when the twin runs.
+OTHER = """
+def {name}(value):
+    if isinstance(value, (int, float)):
+        return not value if isinstance(value, bool) else value + {some}
+    if isinstance(value, (str, bytes)):
+        return value + type(value)({text!r}, *(["ascii"] * isinstance(value, bytes)))
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)([*value, {some}])
+    if type(value) is dict:
+        return dict(value) | {{{text!r}: {some}}}
+    return [{some}] if value is None else object()
+"""
 
 
 # The options of pytest that say how it runs, not what: these the twins need, too.
@@ -1974,8 +2119,9 @@ def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
         return {}
     places = sorted("./" + os.path.relpath(file, run.repo.prefix or ".") for file in files)
     argv = [*start, "--continue-on-collection-errors", "--maxfail=0", *places]
-    usual = max((c.seconds for c in run.baseline.checks), default=0) if run.baseline else 0
-    limit = min(run.settings.gate_timeout, 10 + 3 * usual)
+    limit = run.settings.gate_timeout
+    if run.baseline:
+        limit = min(limit, 10 + 3 * max((c.seconds for c in run.baseline.checks), default=0))
     check = run_in_tree(run, tree, shlex.join(argv), argv, limit)
     return by_function(check.tests) if check.fault not in ("slow", "usage", "report") else {}
 
@@ -2020,9 +2166,14 @@ def show_bite(
 ) -> list[Finding]:
     """Tests whose green means nothing; and what no test shows."""
     severity, found = "rejects" if run.is_repair else "first", []
-    for name in [name for name, outcome in proof["contradicted"].items() if outcome == "passed"]:
+    for name, outcome in proof["contradicted"].items():
+        if outcome not in ("passed", "could not run"):
+            continue
         text = f"{name.partition('::')[2]} passes even when it is told to expect the opposite, so "
         text += "its green shows nothing. See what it asserts, and what the code does to the tests."
+        if outcome == "could not run":
+            text = f"{name.partition('::')[2]} was not seen to fail when told to expect the "
+            text += "opposite: it was not run, or not to its end. See what the code does then."
         found.append(Finding("no-bite", file_of(name), None, severity, text))
     has_code = any(not file.path.endswith(PROSE) for file in change.files)
     if run.is_repair and not has_code:
@@ -2103,9 +2254,6 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
                     "holds a secret, or what looks like one. Take it out: others read a proposal."
                 )
                 found.append(Finding("secret", file.path, number, "rejects", text))
-        if file.path.endswith("pyproject.toml") and own_table(old) != own_table(new):
-            text = f"changes {LASTING}, by which later runs are judged. See that you asked for it."
-            found.append(Finding("judge-changed", file.path, None, "first", text))
         allowed = is_judges(run, file.path) or is_allowed(run, file.path)
         if file.path.endswith((".py", ".pyi")) and not allowed:
             found += code_facts(run, file.path, old or b"", new or b"", lines)
@@ -2115,12 +2263,6 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
                 severity = "rejects" if run.is_repair else "first"
                 found.append(Finding("test-changed", file.path, None, severity, text))
     return found
-
-
-def own_table(data: bytes | None) -> list[bytes]:
-    """The lines of a pyproject.toml that are about this program."""
-    own = [(head, text) for head, text in tables(data or b"") if b"agent-runner" in text]
-    return [text for head, text in own if "agent-runner" in head or head in ("", "tool")]
 
 
 def added_lines(old: bytes, new: bytes) -> dict[int, str]:
@@ -2155,6 +2297,9 @@ def file_facts(run: Run, file: FileChange) -> Iterator[Finding]:
     roots = {"", "src", run.repo.prefix, *map(os.path.dirname, run.tested_files)}
     taken = {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "hypothesis", "ruff"}
     taken |= {"sitecustomize", "usercustomize"}
+    if not is_judges(run, path):  # some packages bring a `tests` of theirs
+        sites = Path(run.environment or sys.prefix).glob("lib/python*/site-packages/*")
+        taken |= {site.name.removesuffix(".py") for site in sites if "-" not in site.name}
     is_new = file.status in "ARC" and not is_allowed(run, path)
     is_new = is_new and path.endswith((".py", ".pyc", ".pyd", ".so"))
     if is_new and folder in roots and name in taken | sys.stdlib_module_names:
@@ -2492,7 +2637,7 @@ def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]
         if how != "passed":
             shown.append(("✓", f"{test} {does} without the change, and passes with it"))
     contradicted = [*(verdict.proof or {}).get("contradicted", {}).values()]
-    if fail := sum(outcome != "passed" for outcome in contradicted):
+    if fail := sum(outcome not in ("passed", "could not run") for outcome in contradicted):
         total = f"{fail} of {len(contradicted)} new or mended tests"
         shown.append(("✓", f"{total} fail once they are told to expect something else"))
     checks = [("✓" if c.passed else "✗", check_text(c)) for c in verdict.checks]
@@ -3080,6 +3225,7 @@ def guarded_job(run: Run, clone: Clone, words: Sequence[str], role: str, limit: 
         *(run.bwrap, *run.machine[role]),
         *mounts("ro-bind", run.folder / "guard", run.folder / "brief.md"),
         *mounts("bind", clone.tmp, clone.environment),
+        *(cover_planted(run, clone) if role == "gate" else ()),
         *("--bind", str(clone.path), str(top)),
         *mounts("ro-bind", *(top / path for path in clone.lent)),
         *("--chdir", str(top / run.repo.prefix), "--"),
@@ -3187,6 +3333,22 @@ def cover_stores(run: Run) -> list[str]:
     return args
 
 
+def cover_planted(run: Run, clone: Clone) -> list[str]:
+    """Arguments that hide settings which have appeared since the start where tools look for them:
+    in HOME and in the folders above the repository. An agent may write there; it is no judge."""
+    config, args = home_folder() / ".config", list[str]()
+    for folder in {home_folder(), config, *config.glob("*/"), *run.repo.top.parents}:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                named = re.search(r"^\.|\.(toml|ini|cfg)$|^conftest\.py$", entry.name)
+                is_new = named and entry.stat(follow_symlinks=False).st_ctime_ns > run.began
+                if is_new and os.path.isfile(entry):
+                    empty = clone.tmp / f"hidden-{len(args)}"  # a gate may write its own there
+                    empty.touch()
+                    args += ["--bind", str(empty), os.path.realpath(entry)]
+    return args
+
+
 def other_checkouts(run: Run) -> list[Path]:
     """Work trees and Git directories of the same repository, elsewhere than at its own path."""
     found = {*run.work_trees, *(p for p in (run.repo.common_dir, run.repo.git_dir) if p)}
@@ -3222,9 +3384,10 @@ def take_snapshot(run: Run) -> Snapshot:
     paths |= {path for path in (repo.hooks or repo.top).glob("*") if path.suffix != ".sample"}
     paths |= {in_home(f".config/git/{name}") for name in ("config", "ignore", "attributes")}
     paths |= {repo.git_dir / "config.worktree", home_folder() / ".gitconfig", *run.config_files}
-    paths |= {in_home(f".config/ruff/{name}") for name in ("ruff.toml", "pyproject.toml")}
+    ruffs = ("ruff.toml", ".ruff.toml", "pyproject.toml")
+    paths |= {in_home(f".config/ruff/{name}") for name in ruffs}
     for folder in {*repo.top.parents, *run.folder.parents}:  # where tools look for settings, too
-        for pattern in ("*.toml", "*.ini", "*.cfg", "conftest.py"):
+        for pattern in ("*.toml", "*.ini", "*.cfg", "conftest.py", ".*ignore"):
             paths |= {*folder.glob(pattern)} if os.access(folder, os.W_OK) else set()
     state |= {str(path): file_hash(path) for path in (*paths, Path(__file__).resolve())}
     words = ("status", "--porcelain", "-z", "-uno", "--ignore-submodules=all", "--no-renames")
@@ -3399,7 +3562,7 @@ def open_repository(run: Run, clone: Clone) -> None:
     names = ("config", "shallow", "info/attributes", "info/exclude")
     texts = {name: read_text(run.private.dir / name) for name in names}
     texts["config"] = texts["config"].replace('bare = "true"', 'bare = "false"')
-    texts["info/exclude"] += "\n".join(f"/{path}" for path in run.lent)
+    texts["info/exclude"] += excluded(run)
     texts["objects/info/alternates"] = "\n".join(map(str, borrowed_objects(run)))
     texts["packed-refs"] = "\n".join(f"{told[0]} {ref}" for ref, told in refs.items())
     texts |= {ref: f"ref: {told[1]}" for ref, told in refs.items() if told[1:]}
@@ -3408,6 +3571,10 @@ def open_repository(run: Run, clone: Clone) -> None:
         texts |= {branch: clone.commit, "HEAD": f"ref: {branch}"}
     write_git_dir(clone.path / ".git", {"HEAD": clone.commit, **texts})
     shutil.copyfile(clone.index_file, clone.path / ".git/index")
+
+
+def excluded(run: Run) -> str:
+    return "\n".join(f"/{path}" for path in run.lent)
 
 
 def write_git_dir(folder: Path, texts: dict[str, str]) -> None:
@@ -3547,11 +3714,20 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Any:
     """Hold a folder while the answer is open; None when another living run holds it."""
     import fcntl
 
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):  # a run that ends removes its own
-        handle = open(folder / "lock", "a")  # noqa: SIM115
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return handle
-    return None
+    end = time.monotonic() + 30 * wait  # seconds; whoever holds it longer than that is no run
+    while True:
+        try:
+            handle = open(folder / "lock", "a")  # noqa: SIM115
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except FileNotFoundError:  # a run that ends removes its own
+            return None
+        except BlockingIOError:
+            if time.monotonic() > end:
+                if wait:
+                    raise Refusal(f"{folder}/lock is held by another process; end that.") from None
+                return None
+            time.sleep(0.01)
 
 
 def home_folder() -> Path:
@@ -3575,6 +3751,7 @@ def user_base() -> Path:
 
 class Run:
     given: dict[str, Any]  # the options, as they were given
+    began: int  # nanoseconds, as file times are
     lasting: Mapping[str, Any] = {}  # those of pyproject.toml
     folder: Path  # the run's own, in the user's cache
     tmp: Path  # short, since the path of a socket in a test may have 108 characters at most
@@ -3624,6 +3801,8 @@ class Run:
         self.before: Snapshot = {}
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
+        self.unasked = False  # the setup fails under the base's settings
+        self.contradicted: set[tuple[str, str]] = set()  # functions that have a twin
         self.skipped_at: dict[str, str] = {}  # test function -> the file that skipped it
         self.holdout: dict[str, bytes] = {}  # path -> content, as it was at the start
         self.decided: set[str] = set()  # tests that settings alone turn
@@ -3631,6 +3810,7 @@ class Run:
         self.notes: dict[str, str] = {}  # what the record holds
 
     def open(self) -> None:
+        self.began = time.time_ns()
         root = cache_root(self.repo.top)
         with lock_folder(root, wait=True):  # so that nobody finds the folder before it is ours
             self.folder = Path(tempfile.mkdtemp(dir=root, prefix=""))
@@ -3657,6 +3837,7 @@ class Run:
         told = {"top": str(self.repo.top), "title": self.title, "tmp": str(self.tmp)}
         told |= {"command": self.settings.command, "base": self.base, "tree": self.workspace_tree}
         told |= {"record": self.record.name if self.record else ""}
+        told["inode"] = str(self.workspace.inode if self.workspace else 0)
         told["again"] = command_line(self, self.settings.command, "--continue", self.name)
         fresh = self.folder / "run.json.new"
         fresh.write_text(json.dumps(told))
@@ -3743,9 +3924,11 @@ def dead_runs(run: Run) -> Iterator[tuple[dict[str, Any], Path]]:
             with lock:
                 try:
                     told = json.loads((folder / "run.json").read_text())
-                    if told["top"] == str(run.repo.top):
+                    is_here = told["top"] == str(run.repo.top)
+                    needed = ("title", "tmp", "record", "tree", "inode", "again", "base")
+                    if is_here and [told[key] for key in needed]:
                         yield told, folder
-                except (OSError, ValueError, TypeError):  # it was killed before it had begun
+                except (OSError, ValueError, TypeError, KeyError):  # killed before it had begun
                     remove_folder(folder)
 
 
@@ -4029,7 +4212,7 @@ TOOLS = {  # a kind of forge -> its tool's command for an issue, its API, the to
         ("FORGEJO_TOKEN", "GITEA_TOKEN"),
     ),
 }
-PUBLIC = ("github.com", "gitlab.com", "codeberg.org")
+PUBLIC = {"github.com": "github", "gitlab.com": "gitlab", "codeberg.org": "forgejo"}
 FETCH_LIMIT = 30  # seconds, for one request
 PROBLEMS = {  # of a request, by its status
     401: "the token that is set is not accepted",
@@ -4066,7 +4249,7 @@ def fetch_issue(run: Run, address: str) -> Issue:
     command, form, names = TOOLS[kind]
     data = ask_tool([word.format(**values) for word in command.split()], host)
     if not data:
-        token = token_for(run, server, names)
+        token = token_for(run, kind, server)
         data = ask_forge(form.format(**values), token, names[0])
         if not data.get("title"):
             raise Refusal(f"{address}: what its forge answers is no issue; save it as a file.")
@@ -4079,13 +4262,17 @@ def fetch_issue(run: Run, address: str) -> Issue:
     return issue_of(data, address, match[5])
 
 
-def token_for(run: Run, server: str, names: Iterable[str]) -> str:
-    """The user's token, where this server is a remote of the repository's, or a public forge."""
+def token_for(run: Run, kind: str, server: str) -> str:
+    """The user's token for a kind of forge, where this server is the one that it is for."""
     scheme, _, host = server.partition("://")
-    remotes = {web_address(url).partition("://")[2].partition("/")[0] for url in run.addresses}
-    is_known = host in remotes or host in PUBLIC
+    named = ("GH_HOST", "GITHUB_SERVER_URL", "GITLAB_HOST", "CI_SERVER_HOST")
+    known = {f"{os.environ.get(name)}".rpartition("/")[2] for name in named}
+    if kind != "github":  # GH_TOKEN is for github.com alone, where nothing else is said
+        known |= {web_address(url).partition("://")[2].partition("/")[0] for url in run.addresses}
+    is_own = PUBLIC.get(host) == kind or (host in known and host not in PUBLIC)
     is_safe = scheme == "https" or host.partition(":")[0] in ("127.0.0.1", "localhost")
-    return next(filter(None, map(os.environ.get, names)), "") if is_known and is_safe else ""
+    tokens = filter(None, map(os.environ.get, TOOLS[kind][2]))
+    return next(tokens, "") if is_own and is_safe else ""
 
 
 def issue_of(data: dict[str, Any], address: str, number: str) -> Issue:
@@ -4850,20 +5037,16 @@ def read_settings(run: Run) -> dict[str, Any]:
 
 
 def parse_settings(run: Run, name: str, data: bytes) -> dict[str, Any]:
-    import importlib
-
+    command = run.settings.command
     try:
-        loads = importlib.import_module("tomllib").loads
+        table = read_toml(data).get("tool", {}).get("agent-runner", {})
+        words = [word for item in table.items() for word in option_words(command, *item)]
+        given = vars(build_parser().parse_args([command, *words]))
     except ImportError:  # Python 3.10 has no reader of TOML
-        if not re.search(rb"(?m)^\s*\[\s*tool\s*\.\s*[\"']?agent-runner\b", data):
+        if not lasting_of(data):
             return {}
         remedy = "use Python 3.11 or later, or take the table out and give options instead"
         raise Refusal(f"{LASTING} in {name} cannot be read by this Python; {remedy}.") from None
-    try:
-        table, command = loads(as_text(data, name)), run.settings.command
-        table = table.get("tool", {}).get("agent-runner", {})
-        words = [word for item in table.items() for word in option_words(command, *item)]
-        given = vars(build_parser().parse_args([command, *words]))
     except (ValueError, AttributeError) as error:
         raise Refusal(f"{name} is no TOML that can be read: {error}.") from None
     except Refusal as error:
@@ -5114,6 +5297,8 @@ def announce(run: Run, environment: str) -> None:
         )
     lines += [f"running in {repo.prefix}, where the gate runs too"] if repo.prefix else []
     lines += [f"environment: {environment}"] if environment else []
+    lasting = [name.replace("_", "-") for name in run.lasting if name not in run.given]
+    lines += [f"settings of pyproject.toml: {', '.join(lasting)}"] if lasting else []
     lines += [f"guard: {', '.join(run.levels)}", f"agent: {agent}"]
     asked = f": {run.title}" if run.issue else ""
     run.console.say(f"agent_runner {__version__}: {settings.command}{asked}", bold=True)
