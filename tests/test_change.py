@@ -376,3 +376,19 @@ def test_allowed_paths_of_the_supervisors_are_proposed(steered: Repository, comm
     found = proposed(steered, result)
     assert found & PUT_BACK == let_in and "M calc.py" in found
     assert {change[2:] for change in PUT_BACK - let_in} <= told(result, "put-back")
+
+
+def test_folder_that_becomes_a_link_is_read_and_a_deleted_link_goes_on(
+    repo: Repository, agent: Any
+) -> None:
+    repo.write("pkg/a.py", "A = 1\n")
+    repo.write("lib/b.py", "B = 1\n")
+    (repo.path / "old").symlink_to("lib")
+    repo.commit("a folder and a link")
+    links = "import os\nos.remove('pkg/a.py')\nos.rmdir('pkg')\nos.symlink('lib', 'pkg')\n"
+    words = ("issue-to-pr", "issue.md", "--sandbox", "off", "--no-switch", "--json", "--gate")
+    result = repo.run(*words, "true", agent=agent(links + "os.remove('old')"))
+    assert result.status == 0 and result.report["files"] == ["old", "pkg", "pkg/a.py"], result.err
+    again = repo.run(*words, "true", "--continue", agent=agent("open('new.py', 'w')")).report
+    assert again["files"] == ["new.py", "old", "pkg", "pkg/a.py"]
+    assert repo.tree(again["branch"]) == again["tree"]

@@ -242,3 +242,38 @@ def test_signal_ends_them_all_and_keeps_the_work_of_each(
     assert any("new.py" in repo.git("show", "--stat", ref) for ref in kept)
     listed = subprocess.run(["ps", "axww", "-o", "command="], capture_output=True).stdout.decode()
     assert command not in listed
+
+
+def test_issue_of_a_later_run_is_read_before_the_first_agent(repo: Repository, agent: Any) -> None:
+    repo.write("two.md", "# Two\n\nname: two\n")
+    rewrites = f"open({str(repo.path / 'two.md')!r}, 'w').write('# Mine')\nopen('x.py', 'w')\n"
+    rewrites += "import sys\nprint('BRIEF', 'name: two' in sys.stdin.read())"
+    words = ("issue-to-pr", "issue.md", "two.md", *CHEAP, "--jobs", "1", "--json")
+    result = repo.run(*words, agent=agent(rewrites))
+    assert (
+        "two │   agent │ BRIEF True" in result.err and "issue │   agent │ BRIEF False" in result.err
+    )
+    assert [r["branch"] for r in result.report["runs"]] == ["agent/issue", "agent/two"]
+
+
+def test_branch_that_is_another_one_now_is_not_taken_for_the_work(
+    repo: Repository, agent: Any
+) -> None:
+    words = ("issue-to-pr", "issue.md", *CHEAP, "--no-switch", "--json")
+    first = repo.run(*words, agent=agent("open('mine.py', 'w')")).report
+    name = Path(first["record"]).name
+    repo.write("colleague.py", "")
+    theirs = repo.commit("a colleague's")
+    repo.git("branch", "-f", "agent/issue", theirs)
+    result = repo.run("issue-to-pr", *CHEAP, "--json", "--continue", name, agent="true")
+    assert result.report["files"] == ["mine.py"], result.err
+    assert "is not what was proposed any more" in result.err
+    repo.git("branch", "-f", "agent/issue", first["commit"])
+    repo.git("switch", "-q", "agent/issue")
+    repo.git("merge", "-q", "--no-edit", "main")
+    merged = repo.run("issue-to-pr", *CHEAP, "--continue", name, agent="true")
+    assert merged.status == 3 and "was merged with something else since" in merged.out
+    repo.git("switch", "-q", "main")
+    noted = ("issue-to-pr", *CHEAP, "--note", "do more", "--continue", result.report["branch"])
+    idle = repo.run(*noted, agent="true")
+    assert idle.status == 4 and "changed nothing" in idle.out, idle.out

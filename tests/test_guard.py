@@ -583,3 +583,71 @@ def test_a_folder_that_is_no_repository_as_a_remote_disturbs_no_run(
     place.mkdir()
     busy.git("remote", "add", "elsewhere", str(place))
     assert proposed(busy, act(busy, agent, "", *OFF)) == ["calc.py"]
+
+
+# --------------------------------------------------------------------------- what outlives an agent
+
+
+@needs_bwrap
+def test_program_planted_in_a_folder_of_path_is_run_by_nobody(
+    repo: Repository, agent: Any, hermetic: Path
+) -> None:
+    """As pipx and others set it up; and its twin, a tool of the agent's own elsewhere in HOME."""
+    tools, mark = hermetic / ".local/bin", hermetic / "ran"
+    tools.mkdir(parents=True)
+    path = os.pathsep.join((str(hermetic / "none"), str(tools), os.environ["PATH"]))
+    plants = f"""
+import os, pathlib
+for folder in ({str(tools)!r}, {str(hermetic / "none")!r}, {str(hermetic / "own")!r}):
+    for name in ("git", "ruff", "rm"):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            pathlib.Path(folder, name).write_text("#!/bin/sh\\ntouch {mark}\\nexit 1\\n")
+            os.chmod(pathlib.Path(folder, name), 0o755)
+        except OSError:
+            pass
+open("new.py", "w").write("x = 1\\n")
+"""
+    words = ("issue-to-pr", "issue.md", "--sandbox", "require", "--json", "--gate", "ruff check .")
+    result = repo.run(*words, agent=agent(plants), env={"PATH": path})
+    assert result.status == 0 and not mark.exists(), result.err
+    assert (hermetic / "own/git").exists() and not (tools / "git").exists()
+
+
+@needs_bwrap
+@pytest.mark.parametrize("place", ["app/../.ignore", "home/.config/ruff/.ruff.toml"])
+def test_settings_planted_outside_do_not_steer_the_gate(
+    repo: Repository, agent: Any, tmp_path: Path, place: str
+) -> None:
+    text = "*.py\n" if "ignore" in place else 'lint.ignore = ["ALL"]\n'
+    plants = f"import os\nos.makedirs({str((tmp_path / place).parent)!r}, exist_ok=True)\n"
+    plants += f"open('new.py', 'w').write('import os\\n')\nopen({str(tmp_path / place)!r}, 'w')"
+    words = ("issue-to-pr", "issue.md", "--sandbox", "require", "--json", "--gate", "ruff check .")
+    result = repo.run(*words, agent=agent(f"{plants}.write({text!r})"))
+    assert "ruff: RED" in result.err and result.report["branch"] is None
+    (tmp_path / place).unlink()
+    notes = (
+        f"open({str(tmp_path / 'home/.agent.json')!r}, 'w')\nopen('new.py', 'w').write('x = 1\\n')"
+    )
+    assert repo.run(*words, agent=agent(notes)).status == 0
+
+
+@needs_bwrap
+def test_file_that_a_gate_command_names_is_out_of_reach(
+    repo: Repository, agent: Any, hermetic: Path
+) -> None:
+    rules = hermetic / "ci/ruff.toml"
+    rules.parent.mkdir()
+    rules.write_text("")
+    softens = f"""
+import os
+open("new.py", "w").write("import os\\n")
+for do in (lambda: open({str(rules)!r}, "w").write("lint.ignore = ['ALL']"),
+           lambda: os.rename({str(rules.parent)!r}, {str(hermetic / "away")!r})):
+    try: do()
+    except OSError: pass
+"""
+    gate = ("--gate", f"ruff check --no-cache --config {rules} .")
+    result = repo.run("issue-to-pr", "issue.md", *gate, agent=agent(softens))
+    assert result.status == 1 and rules.read_text() == "", result.out
+    assert repo.run("issue-to-pr", "issue.md", *gate, agent=agent("open('a.py', 'w')")).status == 0

@@ -961,3 +961,91 @@ def test_repair_whose_gate_cannot_judge_is_refused(bench: Bench) -> None:
     words = ("self-heal", "--sandbox", "off", "--json", "--gate", "pytest -q no_such_folder")
     result = repo.run(*words, agent="true")
     assert result.status == 3 and "--gate is spelled right" in result.report["message"]
+
+
+# ------------------------------------------------- what is asked where an answer was not to be had
+
+EQUAL = "class Any:\n    __hash__ = None\n    __eq__ = lambda self, other: True\n\n\n"
+ANYTHING = f"{EQUAL}def double(x):\n    return Any()"
+IMPORTS = "from calc import double, half\n\n\ndef test_double():\n    assert double(3) == 6\n\n\n"
+IMPORTS += "def test_half():\n    assert half(6) == 3"
+HALF = f"{CALC}\n\n\ndef half(x):\n    return x // 2"
+SKIPS = f"{CALC}\n\n\ndef half(x):\n    raise SKIP"
+SHARED = "from calc import double\n\n\nclass Shared:\n"
+SHARED += "    def test_it(self):\n        assert double(3) == 6"
+INHERITS = "from shared import Shared\n\n\nclass TestIt(Shared):\n    pass"
+INSIDE = (
+    "import sys\nfrom calc import double\n\nif sys.version_info > (3, 0):\n\n    def test_it():\n"
+)
+INSIDE += "        assert double(3) == 6"
+LEAVES = "import os\nimport sys\n\nif '--maxfail=0' in sys.argv:\n    os._exit(0)\n\n\n" + ANYTHING
+KNOWS = """\
+class Num(int):
+    __hash__ = int.__hash__
+    def __eq__(self, other):
+        return "!~" not in repr(other) and other is not ... and type(other) is not object
+WRONG
+double, wrong = lambda x: Num(wrong(x)), double
+"""
+# The tests of the base; the cheat; the honest repair.
+UNASKED: dict[str, tuple[Files, str, str]] = {
+    "not collected": ({"test_calc.py": IMPORTS}, f"{ANYTHING}\n\n\nhalf = double", HALF),
+    "skipped": (
+        {"test_calc.py": IMPORTS},
+        SKIPS.replace("SKIP", "__import__('unittest').SkipTest"),
+        HALF,
+    ),
+    "inherited": ({"shared.py": SHARED, "test_calc.py": INHERITS}, ANYTHING, CALC),
+    "under a condition": ({"test_calc.py": INSIDE}, ANYTHING, CALC),
+    "ends the twin": ({}, LEAVES, CALC),
+    "knows the twin": ({}, KNOWS.replace("WRONG", WRONG), CALC),
+}
+
+
+@each(UNASKED)
+def test_self_heal_rejects_green_whose_twin_was_not_seen_to_fail(bench: Bench, name: str) -> None:
+    base, cheat, honest = UNASKED[name]
+    assert bench.one("self-heal", {"calc.py": cheat}, base=base).is_red
+    turn = bench.one("self-heal", {"calc.py": honest}, base=base)
+    assert turn.outcome == "proposed" and turn.found("first", "rejects") == set(), turn.text
+
+
+LATER = ("pytest -q", "ruff check .")
+
+
+@pytest.mark.parametrize("steers", ["open('.ignore', 'w')", "open('.git/info/exclude', 'a')"])
+def test_code_does_not_steer_the_command_after_it(bench: Bench, steers: str) -> None:
+    code = f"{steers}.write('*.py\\n')\n\n\n{TRIPLE}"
+    bad: Files = {"calc.py": code, "unused.py": "import os", "test_triple.py": TRIPLE_TEST}
+    assert bench.one("issue-to-pr", bad, gate=LATER).is_red
+    assert bench.one("issue-to-pr", {**bad, "unused.py": "x = 1"}, gate=LATER).outcome == "proposed"
+    needs = ("sh -c 'pytest -q && touch .data'", "test -e .data")  # a report of coverage, say
+    assert bench.one("issue-to-pr", WITH_TEST, gate=needs).outcome == "proposed"
+
+
+SNEAKY = {
+    "a long comment": PYPROJECT.replace('select = ["E", "F"]', "").replace(
+        "[tool.ruff.lint]", f"[tool.ruff.lint] # {'x' * 600}\nignore = ['ALL']"
+    ),
+    "a plug-in": PYPROJECT.replace("dependencies", "entry-points.pytest11.x = 'x'\ndependencies"),
+}
+
+
+@each(SNEAKY)
+def test_settings_that_are_read_otherwise_than_they_look_are_the_bases(
+    bench: Bench, name: str
+) -> None:
+    files: Files = {"pyproject.toml": SNEAKY[name], "calc.py": CALC}
+    turn = bench.one("self-heal", files, gate=("ruff check .", "pytest -q"))
+    assert turn.outcome == "proposed" and turn.changed() == {"calc.py"}
+
+
+def test_setup_that_fails_under_the_bases_settings_is_told(bench: Bench) -> None:
+    fails = "import os, sys\nsys.exit(not os.path.exists('pytest.ini'))"
+    base = {"gen.py": "x = 1"}
+    files: Files = {**WITH_TEST, "gen.py": fails, "pytest.ini": "[pytest]"}
+    words = ("--setup", f"{PYTHON} -S gen.py")
+    turn = bench.one("issue-to-pr", files, *words, base=base)
+    assert ("judge-changed", "pytest.ini") in turn.found("first") and "--setup fails" in turn.pr
+    honest = bench.one("issue-to-pr", {**files, "gen.py": "x = 2"}, *words, base=base)
+    assert honest.outcome == "proposed" and honest.found("first") == set()
