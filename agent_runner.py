@@ -1641,7 +1641,11 @@ def ask_base_judge(
     settings_back, tests_back = under_base_judge(run, change, plan)
     red = unlike_base_settings(run, settings_back) if plan.settings else []
     bad = unlike_base(run, tests_back)
-    if bad and plan.settings and plan.edited:  # is it the settings and conftest.py alone?
+    hooks = {path for path in plan.settings if path.endswith("conftest.py")}
+    if bad and hooks and run.unloaded and not run.is_repair:  # what it imports is gone: go without
+        tree = with_paths_of(run.private, tests_back, change.tree, hooks)
+        bad = unlike_base(run, tree)
+    elif bad and plan.settings and plan.edited:  # is it the settings and conftest.py alone?
         steer = {path for path in plan.settings if not path.endswith(MERGED)}
         again = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), steer)
         run.decided = {*unlike_base(run, again)}
@@ -1773,6 +1777,9 @@ def compare_with_base(
     if verdict.is_green:
         severity = "shown"
         text = "steers the checks and was changed; the base's tests are green without that, too."
+    if run.unloaded and verdict.is_green:
+        severity = "first"
+        text = "steers the checks and was changed; what the base has does not load on the new code."
     if run.unasked:
         severity = "first"
         text = (
@@ -1794,6 +1801,7 @@ def unlike_base(run: Run, tree: str) -> dict[str, Any]:
                 words = with_options(words, "--continue-on-collection-errors", "--maxfail=0")
                 check = run_in_tree(run, tree, known.command, words)
                 run.unasked |= check.fault == "setup"
+                run.unloaded |= check.fault == "usage"
                 now = by_function(check.tests) if check.fault != "setup" else wanted
                 now |= {
                     n: "passed" for n in wanted if "::" not in n and n not in now
@@ -3835,6 +3843,7 @@ class Run:
         self.before: Snapshot = {}
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
+        self.unloaded = False  # the base's conftest.py cannot be imported on the new code
         self.unasked = False  # the setup fails under the base's settings
         self.contradicted: set[tuple[str, str]] = set()  # functions that have a twin
         self.skipped_at: dict[str, str] = {}  # test function -> the file that skipped it

@@ -1049,3 +1049,15 @@ def test_setup_that_fails_under_the_bases_settings_is_told(bench: Bench) -> None
     assert ("judge-changed", "pytest.ini") in turn.found("first") and "--setup fails" in turn.pr
     honest = bench.one("issue-to-pr", {**files, "gen.py": "x = 2"}, *words, base=base)
     assert honest.outcome == "proposed" and honest.found("first") == set()
+
+
+def test_hooks_that_no_longer_load_on_the_new_code_are_shown_first(bench: Bench) -> None:
+    """As where a helper that conftest.py imports is removed."""
+    base = {"calc.py": f"{CALC}\n\n\nOLD = 1", "conftest.py": "import calc\n\nNAMES = [calc.OLD]"}
+    files: Files = {**WITH_TEST, "conftest.py": "import calc\n\nNAMES = [calc.double]"}
+    turn = bench.one("issue-to-pr", files, base=base)
+    assert turn.outcome == "proposed" and ("judge-changed", "conftest.py") in turn.found("first")
+    breaks = {**files, "calc.py": TRIPLE.replace("* 2", "+ 2")}
+    hides: Files = {**breaks, "conftest.py": "collect_ignore = ['test_calc.py']"}
+    for bad in (breaks, hides):
+        assert bench.one("issue-to-pr", bad, base=base).is_red
