@@ -232,7 +232,7 @@ def issue_to_pr(run: Run) -> Ending:
             if reason := cannot_judge(run, run.baseline):
                 return hand_over(run, "refused", reason, run.baseline)
             if turn.failed or turn.change is None:
-                return hand_over(run, "agent-failed", turn.failed)
+                return hand_over(run, "agent-failed", turn.failed, verdict)
             verdict = judge_change(run, turn.change)
             if verdict.is_green:
                 return propose_pr(run, turn.change, verdict)
@@ -267,7 +267,7 @@ def self_heal(run: Run) -> Ending:
             return hand_over(run, "gave-up", message, verdict)
         if turn.failed or turn.change is None:
             outcome = "gave-up" if budget_left(run) <= 0 else "agent-failed"
-            return hand_over(run, outcome, turn.failed)
+            return hand_over(run, outcome, turn.failed, verdict)
         verdict = judge_change(run, turn.change)
         if verdict.is_green:
             return propose_pr(run, turn.change, verdict)
@@ -450,13 +450,16 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
         told = [
             finding_text(found).partition(" To let it in")[0] for found in previous.change.left_out
         ]
-        parts.append(f"Attempt {previous.number} changed these files, which lie as it left them:\n")
+        told_of = f"Attempt {previous.number} changed these files, which lie here as it left them"
+        parts.append(f"{told_of} (what was put back or left out was so for the judge alone):\n")
         parts.append("".join([*files[:50], *(f"  {text}\n" for text in told[:10])]))
     if failure and not failure.is_green:
         told = [finding_text(finding) for finding in failure.rejecting]
         for check in failure.checks:
             if not check.passed:
-                output = f"$ {check.command}\n{head_and_tail(plain(check.output), 60)}"
+                output = (
+                    f"$ {check.command or check.name}\n{head_and_tail(plain(check.output), 60)}"
+                )
                 output = "(these tests are not shown)" if check.name == "holdout" else output
                 told.append(f"{check.name}: {check.reason}\n{output}\n")
         parts.append("How the gate failed:\n\n" + fenced("GATE", "\n".join(told)))
@@ -624,19 +627,22 @@ def set_up(run: Run, clone: Clone) -> Check:
         if follows_link(place) or call(["cp", "-RPp", run.repo.top / path, place.parent])[0]:
             return Check("carry", "--carry", False, f"--carry {path} cannot be copied")
     # A link to the user's would be written through, so without the kernel they are never there.
+    first: Check | None = None
     for alone in (True,) if run.makes_own or not run.bwrap else (False, True):
         clone.lend(run, environments=not alone)
         checks = (run_check(run, clone, command, role="setup") for command in run.settings.setup)
         failed = next((check for check in checks if not check.passed), None)
+        first = first or failed
         if not failed:
             run.makes_own = alone and bool(run.bwrap)
             clone.lend(run, environments=not run.makes_own)
             return Check("setup", "", True, "passed")
-    assert failed
+    assert failed and first
+    readonly = "read-only|EROFS|permission denied|externally-managed"
+    if not re.search(readonly, first.output, re.IGNORECASE):
+        failed = first  # by its own fault, not the environment's
     reason = f"--setup {failed.command!r} failed: {failed.reason}"
-    if re.search(
-        "read-only|EROFS|permission denied|externally-managed", failed.output, re.IGNORECASE
-    ):
+    if re.search(readonly, failed.output, re.IGNORECASE):
         reason += ". Your environment is not written; let it make its own: --setup "
         reason += "'python3 -m venv .venv' --setup '.venv/bin/python -m pip install pytest ruff'"
     return failed._replace(reason=reason, fault="setup")
@@ -1054,6 +1060,7 @@ LAUNCHER = re.compile(
     r"|coverage|env|time|timeout|nice|nohup|stdbuf|xvfb-run|dotenv)$"
 )
 BAD = ("failed", "error")
+RED_BEFORE = "is red, as it was before the change"
 BECAME = {None: "is gone", "failed": "fails", "error": "cannot run", "skipped": "is skipped"}
 BECAME |= {"xfailed": "is expected to fail"}
 
@@ -1315,6 +1322,9 @@ def weigh(
     """A check as it counts; the test functions that count against it; notes on what does not."""
     if commit == run.base and check.fault == "empty":
         return check._replace(passed=True, tests={}, fault=""), {}, []  # no tests yet
+    if check.fault == "empty":
+        more = "a change must bring a test, or name another --gate"
+        check = check._replace(reason=f"{check.reason}; {more}")
     if check.tests is None:
         return check, {}, []
     now, known, against = by_function(check.tests), Tests(), Tests()
@@ -1346,7 +1356,7 @@ def weigh(
     if any("::" not in name and how == "cannot run" for name, how in against.items()):
         against = {n: how for n, how in against.items() if how != "is gone"}  # none was run
     red = [name for name, outcome in now.items() if outcome in BAD and name not in against]
-    notes = [f"{name} is red, as it was before the change" for name in red[:5]]
+    notes = [f"{name} {RED_BEFORE}" for name in red[:5]]
     if not against and (check.passed or (check.fault == "tests" and red)):
         return check._replace(passed=True, reason="passed"), against, notes
     reason, fault = check.reason, check.fault
@@ -1487,7 +1497,7 @@ def remedies(run: Run, check: Check) -> str:
         parts.append(f"To leave {check.name} out of the gate: {without}.")
     if not run.settings.simulate and not run.is_repair:
         parts.append(f"To have the base mended first: {command_line(run, 'self-heal')}")
-    return " ".join(parts)
+    return " ".join(parts) or "Mend it, or name another gate with --gate 'COMMAND'."
 
 
 def how_to_get(run: Run, tool: str) -> str:
@@ -1563,7 +1573,8 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
     if not change.files:
         names = ", ".join(one_line(finding.path) for finding in change.left_out[:3])
         reason = f"nothing is left of the work: what it changed was put back or left out ({names})"
-        red = [check for check in (run.baseline.checks if run.baseline else ()) if not check.passed]
+        red = run.baseline.checks if run.is_repair and run.baseline else ()
+        red = tuple(check for check in red if not check.passed)
         return Verdict(change.tree, (*red, Check("change", "", False, reason)), change.left_out)
     plan = make_plan(run, change)
     answers = side_by_side(
@@ -1773,7 +1784,10 @@ def compare_with_base(
         text = f"decides the verdict{more}: with what the base has in its place, "
         text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
         return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
-    severity, text = "first", "steers the checks and was changed: see whether that made them red."
+    severity, text = (
+        "first",
+        "steers the checks and was changed: see whether it makes them red, or hides tests.",
+    )
     if verdict.is_green:
         severity = "shown"
         text = "steers the checks and was changed; the base's tests are green without that, too."
@@ -2721,7 +2735,10 @@ def headline(ending: Ending) -> str:
         return ending.message
     count = sum(finding.severity == "first" for finding in findings_of(ending))
     look = f", {count} thing{'s' * (count > 1)} to look at first" if count else ""
-    return f"every check is green{look}; {ending.message}"
+    notes = ending.verdict.notes if ending.verdict else ()
+    before = any(note.endswith(RED_BEFORE) for note in notes)
+    what = "nothing is red that was not red before" if before else "every check is green"
+    return f"{what}{look}; {ending.message}"
 
 
 def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
@@ -3113,7 +3130,7 @@ clone, *tops = os.environ.get("AGENT_RUNNER_TOPS", "").split(os.pathsep)
 
 
 def moved(path):
-    for top in tops:
+    for top in tops if os.sep + "site-packages" not in path else ():
         if (path + os.sep).startswith(top + os.sep) and not path.startswith(clone):
             return clone + path[len(top):]
     return path
@@ -4271,7 +4288,8 @@ def issue_address(run: Run, name: str) -> str:
     if not name.isdigit():
         return name
     if not web:
-        text = "leads to no forge's address; give the issue's own address, or a file"
+        text = "leads to no forge's address" if run.addresses else "is not set"
+        text += "; give the issue's own address, or a file"
         raise Refusal(f"issue {name}: the remote of this repository {text}.")
     return f"{web}/issues/{name}"
 
@@ -5011,7 +5029,8 @@ def build_parser() -> Parser:
     """Two commands that share their options; none has a default, so the given ones are known."""
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     style |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = Parser(prog="agent_runner.py", description=__doc__, epilog=STATUSES, **style)
+    about = str(__doc__).partition("Read the section")[0]
+    parser = Parser(prog="agent_runner.py", description=about, epilog=STATUSES, **style)
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     kinds: dict[str, dict[str, Any]] = {"N": {"type": positive}, "D": {"type": seconds}, "REF": {}}
@@ -5021,7 +5040,9 @@ def build_parser() -> Parser:
         kinds["VARIANT"] = {"choices": [*variants]}
         told = "".join(f"  {variant:7} {text}\n" for variant, text in variants.items())
         more = f"--simulate writes a discount, whatever is asked:\n{told}\n{STATUSES}"
-        command = commands.add_parser(name, help="--help tells its options", epilog=more, **style)
+        start = "an issue" if name == "issue-to-pr" else "a red check"
+        about = f"from {start} to a proposal (its options: {name} --help)"
+        command = commands.add_parser(name, help=about, epilog=more, **style)
         if name == "issue-to-pr":
             told = "a Markdown file, - for stdin, a number, or an address"
             command.add_argument("issue", metavar="ISSUE", nargs="*", help=told)
@@ -5074,6 +5095,9 @@ def read_settings(run: Run) -> dict[str, Any]:
         if not run.repo.common_dir:  # the folder is the base
             data = os.fsencode(read_text(run.start / name))
         found = parse_settings(run, name, data) if data and b"agent-runner" in data else {}
+        here = read_text(run.repo.top / name)
+        if "agent-runner" in here and lasting_of(os.fsencode(here)) != lasting_of(data or b""):
+            run.mentions.append(f"{LASTING} in your {name} is not committed: the base's is used.")
         if found:
             return found
     return {}
@@ -5345,7 +5369,8 @@ def announce(run: Run, environment: str) -> None:
     lines += [f"guard: {', '.join(run.levels)}", f"agent: {agent}"]
     asked = f": {run.title}" if run.issue else ""
     run.console.say(f"agent_runner {__version__}: {settings.command}{asked}", bold=True)
-    for line in [*lines, *(f"note: {note}" for note in [*notes, *killed_runs(run)])]:
+    notes += [*run.mentions, *killed_runs(run)]
+    for line in [*lines, *(f"note: {note}" for note in notes)]:
         run.console.say(f"  {line}")
 
 

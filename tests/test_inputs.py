@@ -111,7 +111,7 @@ def test_issue_that_cannot_be_fetched_is_refused_in_plain_words(
         f"{forge}/o/r/issues/6": "leads to another host",
         f"{forge}/o/r": "is no issue's address",
         "http://127.0.0.1:1/o/r/issues/1": "cannot be reached",
-        "99": "leads to no forge's address; give the issue's own address, or a file",
+        "99": "is not set; give the issue's own address, or a file",
     }.items():
         result = repo.run("issue-to-pr", name, *DRY, agent="true")
         assert result.status == 3 and says in result.out, result.out
