@@ -31,6 +31,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]  # this file's folder: a random.py there would be imported for Python's own
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
@@ -46,7 +47,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ ISSUE_LIMIT = 1 << 20  # bytes
 HUGE, LARGE = 100_000_000, 5_000_000  # bytes: what no forge takes; what a reviewer should know
 GRACE = 2.0  # seconds between TERM and KILL
 RECORDS = 50  # that are kept
+SITES = "lib/python*/site-packages"  # of an environment
 LINUX = sys.platform.startswith("linux")
 
 
@@ -78,11 +79,11 @@ class Interrupted(BaseException):
 # What the steps hand to each other. Times are seconds, paths are relative to the repository's top.
 
 Tests = dict[str, str]  # test, or test function -> passed, failed, error, skipped, xfailed
+Rows = list[tuple[str, str]]
+Told = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """The command line, parsed."""
-
     command: str
     issue: tuple[str, ...] = ()
     simulate: str | None = None
@@ -147,21 +148,20 @@ class Finding(NamedTuple):
 
     kind: str
     path: str
-    line: int | None
     severity: str
     detail: str
+    line: int | None = None
 
 
 class Change(NamedTuple):
     """What the agent did to the base, as a commit whose tree is what will be judged."""
 
-    base: str
     commit: str
     tree: str
     files: tuple[FileChange, ...]
     whole: str  # the tree with what was left out of the change too
-    left_out: tuple[Finding, ...] = ()
-    ignored: tuple[str, ...] = ()  # new files that ignore rules hide
+    left_out: tuple[Finding, ...]
+    ignored: tuple[str, ...]  # new files that ignore rules hide
 
 
 class Verdict(NamedTuple):
@@ -191,7 +191,7 @@ class Turn(NamedTuple):
     """One turn of the agent: how it ended and what it changed; `failed` says what went wrong."""
 
     number: int
-    ran: Ran
+    ran: Ran = Ran(None, "", 0.0)
     change: Change | None = None
     failed: str = ""
     idle: bool = False  # it ended well and changed nothing
@@ -236,6 +236,7 @@ def issue_to_pr(run: Run) -> Ending:
             verdict = judge_change(run, turn.change)
             if verdict.is_green:
                 return propose_pr(run, turn.change, verdict)
+    assert verdict
     return hand_over(run, "rejected", red_after(run, verdict), verdict)
 
 
@@ -245,7 +246,7 @@ def self_heal(run: Run) -> Ending:
     with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
         run.baseline = verdict = judge_tree(run, run.base)
         if verdict.is_green and not verdict.notes:
-            held = [c._replace(tests=None) for c in ask_holdout(run, run.private.tree_of(run.base))]
+            held = [c._replace(tests=None) for c in ask_holdout(run, run.base_tree)]
             run.baseline = verdict = verdict._replace(checks=(*verdict.checks, *held))
         colour = "red once, then green" if verdict.notes else "green"
         ended(f"the base is {colour if verdict.is_green else 'red, and red when asked again'}")
@@ -416,9 +417,7 @@ def find_instructions(run: Run) -> tuple[str, str] | None:
         if data is not None:
             return path, as_text(data, f"the file of agent instructions {path!r}")
     if named:
-        raise Refusal(
-            f"AGENT_CONFIG names {named!r}, which is no file of the base; commit it first."
-        )
+        raise Refusal(f"AGENT_CONFIG names {named!r}, no file of the base; commit it first.")
     return None
 
 
@@ -441,8 +440,9 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
     if run.log:
         parts.append(f"The end of the log of the job that failed:\n\n{fenced('LOG', run.log)}")
     if run.earlier and not previous:
-        message = one_line(run.earlier.message, 500)
-        parts.append(f"An earlier run ended so: {message}\nIts work lies here.\n")
+        end = run.earlier.told
+        message = f"{end.get('outcome') or 'killed'}: {end.get('message') or 'no verdict'}"
+        parts.append(f"An earlier run ended so: {one_line(message, 500)}\nIts work lies here.\n")
     if run.note_given:
         parts.append(f"A note from the person who supervises:\n\n{fenced('NOTE', run.note_given)}")
     if previous and previous.change:
@@ -457,9 +457,7 @@ def write_brief(run: Run, failure: Verdict | None, previous: Turn | None) -> str
         told = [finding_text(finding) for finding in failure.rejecting]
         for check in failure.checks:
             if not check.passed:
-                output = (
-                    f"$ {check.command or check.name}\n{head_and_tail(plain(check.output), 60)}"
-                )
+                output = f"$ {check.command or check.name}\n{head_and_tail(plain(check.output))}"
                 output = "(these tests are not shown)" if check.name == "holdout" else output
                 told.append(f"{check.name}: {check.reason}\n{output}\n")
         parts.append("How the gate failed:\n\n" + fenced("GATE", "\n".join(told)))
@@ -476,12 +474,8 @@ class Earlier(NamedTuple):
     """A run to go on from: its record, what its report or its note says, and where that lies."""
 
     record: Path
-    told: dict[str, Any]
+    told: Told
     folder: Path | None = None  # of one that was killed
-
-    @property
-    def message(self) -> str:
-        return f"{self.told.get('outcome') or 'killed'}: {self.told.get('message') or 'no verdict'}"
 
 
 def find_earlier(run: Run) -> Earlier:
@@ -505,12 +499,8 @@ def find_earlier(run: Run) -> Earlier:
             return Earlier(record, told, folder)
         if is_named and told:
             raise Refusal(f"--continue {wanted}: it was a run of {told['command']}; name that.")
-    more = " for this issue" if slug else ""
-    what = (
-        f"{wanted!r} is no run here that has ended"
-        if wanted
-        else f"no run here has left work{more}"
-    )
+    what = f"no run here has left work{' for this issue' * bool(slug)}"
+    what = f"{wanted!r} is no run here that has ended" if wanted else what
     listed = "the record of a run, its branch or its kept ref: git for-each-ref refs/agent-runner"
     raise Refusal(f"--continue: {what}; after the issue, name {listed}")
 
@@ -524,15 +514,14 @@ def earlier_verdict(run: Run) -> Verdict | None:
     checks = []
     for row in judged[-1]["gate"]:
         log = f"gate-{judged[-1]['number']}-{slug_of(row['name'])}.log"
-        how = {key: row[key] for key in ("name", "command", "passed", "reason", "seconds")}
+        how = {key: row[key] for key in Check._fields[:5]}
         checks.append(Check(**how, output=read_text(run.earlier.record / log)))
     findings = tuple(Finding(**finding) for finding in told["findings"])
     return Verdict(told["tree"] or "", tuple(checks), findings)
 
 
 def earlier_tree(run: Run, earlier: Earlier) -> str:
-    """The tree of the work that an earlier run left."""
-    private, told, base = run.private, earlier.told, run.private.tree_of(run.base)
+    private, told, base = run.private, earlier.told, run.base_tree
     if earlier.folder:
         return killed_tree(run, earlier.folder, told)
     if not run.repo.common_dir:
@@ -564,7 +553,7 @@ def earlier_tree(run: Run, earlier: Earlier) -> str:
     return private.tree_of(work)
 
 
-def killed_tree(run: Run, folder: Path, told: dict[str, Any]) -> str:
+def killed_tree(run: Run, folder: Path, told: Told) -> str:
     """What lies in the workspace of a killed run, without what its setup had made."""
     call(["cp", "-RPn", f"{folder}/git/objects/.", str(run.private.dir / "objects")])
     clone = Clone(run, "killed", run.base)
@@ -574,19 +563,18 @@ def killed_tree(run: Run, folder: Path, told: dict[str, Any]) -> str:
     shutil.copyfile(folder / "workspace.index", clone.index_file)
     whole, _ = capture(run, clone)
     made = entries_of(run.private, told["tree"], whole).values()
-    return build_tree(run.private, run.private.tree_of(run.base), made)
+    return build_tree(run.private, run.base_tree, made)
 
 
 def lay_work(run: Run, clone: Clone, tree: str) -> None:
     """Put a tree's files into a clone of the base, over what a setup made there."""
-    entries = entries_of(run.private, run.private.tree_of(run.base), tree)
+    entries = entries_of(run.private, run.base_tree, tree)
     for path, entry in entries.items():
         if entry.startswith("0 ") and not follows_link((clone.path / path).parent):
             (clone.path / path).unlink(missing_ok=True)
-    words = ("update-index", "--add", "--replace", "-z", "--index-info")
-    run.private(*words, clone=clone, stdin=os.fsencode("".join(sorted(entries.values()))))
-    there = "\0".join(path for path, entry in entries.items() if not entry.startswith("0 "))
-    run.private("checkout-index", "-fz", "--stdin", clone=clone, stdin=os.fsencode(there))
+    run.private(*ENTRIES, clone=clone, stdin=os.fsencode("".join(sorted(entries.values()))))
+    there = [path for path, entry in entries.items() if not entry.startswith("0 ")]
+    run.private("checkout-index", "-fz", "--stdin", clone=clone, paths=there)
 
 
 # -------------------------------------------------------------------------------------- workspace
@@ -629,13 +617,13 @@ def set_up(run: Run, clone: Clone) -> Check:
     # A link to the user's would be written through, so without the kernel they are never there.
     first: Check | None = None
     for alone in (True,) if run.makes_own or not run.bwrap else (False, True):
-        clone.lend(run, environments=not alone)
+        clone.lend(run, not alone)
         checks = (run_check(run, clone, command, role="setup") for command in run.settings.setup)
         failed = next((check for check in checks if not check.passed), None)
         first = first or failed
         if not failed:
             run.makes_own = alone and bool(run.bwrap)
-            clone.lend(run, environments=not run.makes_own)
+            clone.lend(run, not run.makes_own)
             return Check("setup", "", True, "passed")
     assert failed and first
     readonly = "read-only|EROFS|permission denied|externally-managed"
@@ -654,7 +642,6 @@ def set_up(run: Run, clone: Clone) -> Check:
 
 
 def budget_left(run: Run) -> float:
-    """Seconds that the agent may still work in this run."""
     used = sum(turn.ran.seconds for turn in run.turns)
     return float("inf") if run.settings.budget is None else run.settings.budget - used
 
@@ -673,11 +660,11 @@ def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
     previous = run.turns[-1] if run.turns else None
     brief = write_brief(run, failure, previous)
     run.note(f"brief-{number}.md", brief)
-    run.turns.append(Turn(number, Ran(None, "", 0.0)))
-    limit = duration_text(min(run.settings.agent_timeout, budget_left(run)))
+    run.turns.append(Turn(number))
+    limit = min(run.settings.agent_timeout, budget_left(run))
     tries = f"attempt {number} of {run.settings.attempts}"
-    with run.console.step(f"{tries}: the agent works (at most {limit})") as ended:
-        ran = run_agent(run, brief)
+    with run.console.step(f"{tries}: the agent works (at most {duration_text(limit)})") as ended:
+        ran = run_agent(run, brief, limit)
         failed = why_failed(run, ran)
         ended(failed or "the agent ended well")
     run.note(f"agent-{number}.log", ran.output)
@@ -687,9 +674,7 @@ def take_turn(run: Run, number: int, failure: Verdict | None) -> Turn:
         run.console.say(
             f"  note: {one_line(path)} is hidden by ignore rules and is no part of this"
         )
-    before = (
-        previous.change.whole if previous and previous.change else run.private.tree_of(run.base)
-    )
+    before = previous.change.whole if previous and previous.change else run.base_tree
     told = run.earlier.told if run.earlier and not previous and run.note_given else {}
     is_same = change and change.tree == told.get("tree") and told.get("outcome") == "proposed"
     if not change:
@@ -713,7 +698,7 @@ def why_failed(run: Run, ran: Ran) -> str:
     return f"the agent ended with status {ran.status}" if ran.status else ""
 
 
-def run_agent(run: Run, brief: str) -> Ran:
+def run_agent(run: Run, brief: str, limit: float) -> Ran:
     assert run.workspace
     place, shown = run.folder / "brief.md", 0
     place.write_text(brief, "utf-8", "surrogateescape", newline="\n")
@@ -724,12 +709,11 @@ def run_agent(run: Run, brief: str) -> Ran:
         nonlocal shown
         run.console.latest = line
         if shown <= 200:
-            run.console.theirs("agent", line)
+            run.console.say(f"  agent │ {plain(line)}")
             shown += 1 + len(line) // 300  # a long line counts as several
             if shown > 200:
                 run.console.say("  … more of its output is in the record")
 
-    limit = min(run.settings.agent_timeout, budget_left(run))
     job = guarded_job(run, run.workspace, filled, "agent", limit)
     run.console.tell_runner("group::the agent's output")
     try:
@@ -761,7 +745,7 @@ TEST_MODULE = re.compile(
 
 
 class FileChange(NamedTuple):
-    """One file of a change. `status` is Git's letter: A, C, D, M, R or T; `size` is in bytes."""
+    """One file of a change. `status` is Git's letter: A, D, M, R or T; `size` is in bytes."""
 
     status: str
     path: str
@@ -790,7 +774,7 @@ def read_change(run: Run) -> Change | None:
     tree, put_back = put_back_others(run, base, whole)
     commit = private.commit(tree, run.base, commit_message(run), sign=True)
     files = read_files(private, base, tree)
-    return Change(run.base, commit, tree, files, whole, (*left_out, *put_back), ignored)
+    return Change(commit, tree, files, whole, (*left_out, *put_back), ignored)
 
 
 def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]]:
@@ -800,19 +784,23 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
     for path, entry in entries_of(private, whole, base).items():
         judges = run.is_repair and not entry.startswith("0 ") and is_judges(run, path)
         if (judges or is_supervisors(path)) and not is_allowed(run, path):
-            back.append(restored(private, base, whole, path, entry) if judges else entry)
+            new = private.file(f"{whole}:{path}") if judges and path.endswith(MERGED) else None
+            if new is not None:  # what the code needs of it stays
+                old = private.file(f"{base}:{path}") or b""
+                entry = new_entry(private, path, merge_settings(old, new))
+            back.append(entry)
         elif path.endswith("pyproject.toml") and not is_allowed(run, path):
             back += own_table_back(private, base, whole, path)
     tree = build_tree(private, whole, back)
     for path, entry in sorted(entries_of(private, whole, tree).items()):
         what = "was left out" if entry.startswith("0 ") else "was put back"
-        why = "judges the repair" if run.is_repair else "steers tools or agents"
-        why = "steers tools or agents" if is_supervisors(path) else why
+        judges = run.is_repair and not is_supervisors(path)
+        why = "judges the repair" if judges else "steers tools or agents"
         if path.endswith("pyproject.toml") and not run.is_repair:
             what = f"its {LASTING} {what}"
         allow = command_line(run, run.settings.command, "--continue", run.name, "--allow", path)
         text = f"{what}: it {why}. To let it in: {allow}"
-        found.append(Finding("put-back", path, None, "shown", text))
+        found.append(Finding("put-back", path, "shown", text))
     return tree, found
 
 
@@ -822,10 +810,12 @@ def own_table_back(private: Git, base: str, whole: str, path: str) -> list[str]:
     old, new = (private.file(f"{tree}:{path}") or b"" for tree in (base, whole))
     if not new or lasting_of(old) == lasting_of(new):
         return []
-    own = [text for head, text in tables(old) if head == "tool.agent-runner"]
-    merged = b"".join(text for head, text in tables(new) if head != "tool.agent-runner")
-    merged = b"".join([merged, *own])
+    merged = own_tables(new, others=True) + own_tables(old)
     return [new_entry(private, path, merged if lasting_of(merged) == lasting_of(old) else old)]
+
+
+def own_tables(data: bytes, *, others: bool = False) -> bytes:
+    return b"".join(t for head, t in tables(data) if (head == "tool.agent-runner") != others)
 
 
 def lasting_of(data: bytes) -> Any:
@@ -833,16 +823,7 @@ def lasting_of(data: bytes) -> Any:
     try:
         return read_toml(data).get("tool", {}).get("agent-runner")
     except (ImportError, ValueError, AttributeError):  # no reader in Python 3.10; no TOML
-        own = [text for head, text in tables(data) if head == "tool.agent-runner"]
-        return b"".join(own) or None
-
-
-def restored(private: Git, base: str, tree: str, path: str, entry: str) -> str:
-    """The index entry that puts a path back; of a settings file, what the code needs stays."""
-    new = private.file(f"{tree}:{path}") if path.endswith(MERGED) else None
-    if new is None:
-        return entry
-    return new_entry(private, path, merge_settings(private.file(f"{base}:{path}") or b"", new))
+        return own_tables(data) or None
 
 
 def is_supervisors(path: str) -> bool:
@@ -920,15 +901,17 @@ def capture(run: Run, clone: Clone) -> tuple[str, list[Finding]]:
     if any(os.path.islink(clone.path / path) for path in new):  # in the place of a folder, perhaps
         gone = [p for p in new if follows_link((clone.path / p.rstrip("/")).parent)]
         removed = ("update-index", "--force-remove", "-z", "--stdin")
-        private(*removed, clone=clone, stdin=os.fsencode("\0".join(gone)))
+        private(*removed, clone=clone, paths=gone)
         new = [path for path in new if path not in {*gone}]
     left_out |= {path: reason for path in new if (reason := unfit(clone, path, links))}
     left_out |= add_paths(private, clone, [path for path in new if path not in left_out])
     if left_out:  # as the base has them
         words = ("reset", "-q", run.base, "--pathspec-from-file=-", "--pathspec-file-nul")
-        private(*words, clone=clone, check=False, stdin=os.fsencode("\0".join(left_out)))
-    told = [(path.rstrip("/"), f"was left out: {why}.") for path, why in sorted(left_out.items())]
-    findings = [Finding("left-out", path, None, "first", text) for path, text in told]
+        private(*words, clone=clone, check=False, paths=left_out)
+    findings = [
+        Finding("left-out", path.rstrip("/"), "first", f"was left out: {why}.")
+        for path, why in sorted(left_out.items())
+    ]
     return private("write-tree", clone=clone).strip(), findings
 
 
@@ -978,7 +961,7 @@ def add_paths(private: Git, clone: Clone, paths: Sequence[str]) -> dict[str, str
     words = ("add", "-A", "--pathspec-from-file=-", "--pathspec-file-nul")
     try:
         if paths:
-            private(*words, clone=clone, stdin=os.fsencode("\0".join(paths)))
+            private(*words, clone=clone, paths=paths)
         return {}
     except GitError as error:
         if re.search("No space left|unable to write|quota", str(error)):
@@ -989,10 +972,12 @@ def add_paths(private: Git, clone: Clone, paths: Sequence[str]) -> dict[str, str
     return add_paths(private, clone, paths[:half]) | add_paths(private, clone, paths[half:])
 
 
+IGNORED = ("ls-files", "-oiz", "--exclude-standard", "--directory")
+
+
 def ignored_files(run: Run, clone: Clone) -> tuple[str, ...]:
-    words = ("ls-files", "-oiz", "--exclude-standard", "--directory")
     noise = re.compile(r"(^|/)(\.git|__pycache__|\.\w+_cache|[^/]*\.egg-info)/|\.pyc$")
-    names = zsplit(run.private(*words, clone=clone))
+    names = zsplit(run.private(*IGNORED, clone=clone))
     return tuple(n for n in names if not noise.search(n) and n.rstrip("/") not in run.lent)
 
 
@@ -1008,8 +993,11 @@ def entries_of(private: Git, old: str, new: str) -> dict[str, str]:
 
 def with_paths_of(private: Git, tree: str, other: str, paths: Collection[str]) -> str:
     """A tree with some paths as another tree has them: changed, brought back or gone."""
-    entries = entries_of(private, tree, other) if paths else {}
+    entries = entries_of(private, tree, other)
     return build_tree(private, tree, [entry for path, entry in entries.items() if path in paths])
+
+
+ENTRIES = ("update-index", "--add", "--replace", "-z", "--index-info")
 
 
 def build_tree(private: Git, base: str, entries: Iterable[str]) -> str:
@@ -1019,8 +1007,7 @@ def build_tree(private: Git, base: str, entries: Iterable[str]) -> str:
     if not lines:
         return base
     private("read-tree", base, index=index)
-    words = ("update-index", "--add", "--replace", "-z", "--index-info")
-    private(*words, index=index, stdin=os.fsencode(lines))
+    private(*ENTRIES, index=index, stdin=os.fsencode(lines))
     return private("write-tree", index=index).strip()
 
 
@@ -1036,7 +1023,7 @@ def read_files(private: Git, base: str, tree: str) -> tuple[FileChange, ...]:
         if part.startswith(":"):
             old_mode, mode, old_blob, blob, status = part[1:].split()
             old_path = next(parts)
-            path = next(parts) if status[0] in "RC" else old_path
+            path = next(parts) if status[0] == "R" else old_path
             raw.append((status[0], path, old_path, old_mode, mode, old_blob, blob))
         else:
             added, deleted, path = part.split("\t", 2)
@@ -1089,10 +1076,8 @@ def clean_checkout(run: Run, commit: str) -> Iterator[tuple[Clone, Check]]:
                 changed = zsplit(
                     run.private("diff-files", "-z", "--name-only", clone=clone, check=False)
                 )
-                back = "\0".join(path for path in changed if is_judges(run, path))
-                run.private(
-                    "checkout-index", "-f", "-z", "--stdin", clone=clone, stdin=os.fsencode(back)
-                )
+                back = [path for path in changed if is_judges(run, path)]
+                run.private("checkout-index", "-fz", "--stdin", clone=clone, paths=back)
             yield clone, ready
         finally:
             run.removing.append(threading.Thread(target=remove_folder, args=(clone.path.parent,)))
@@ -1100,7 +1085,6 @@ def clean_checkout(run: Run, commit: str) -> Iterator[tuple[Clone, Check]]:
 
 
 def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check, ...]:
-    """Run the gate, or some of its commands, in a clean checkout."""
     judged, doubtful, rewritten = list[Check](), set[int](), ""
     words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
     with clean_checkout(run, commit) as (clone, ready):
@@ -1135,21 +1119,14 @@ def left_in(run: Run, clone: Clone) -> list[str]:
 def ask_afresh(run: Run, commit: str, check: Check) -> Check:
     """A later command that is green is to be green by itself, too, unless it needs what an earlier
     one leaves: then it is green at the base, but not by itself."""
-    alone = run_alone(run, commit, check.command) if check.passed else check
+    alone = run_alone(run, run.private.tree_of(commit), check.command) if check.passed else check
     if alone.passed == check.passed:
         return check
-    known = [
-        c.passed for c in (run.baseline.checks if run.baseline else ()) if c.name == check.name
-    ]
-    if all(known) and not run_alone(run, run.base, check.command).passed:
+    known = [c.passed for c in run.known if c.name == check.name]
+    if all(known) and not run_alone(run, run.base_tree, check.command).passed:
         return check
     reason = f"{alone.reason}, where no other command was run before it"
     return alone._replace(reason=reason)
-
-
-def run_alone(run: Run, commit: str, command: str) -> Check:
-    with clean_checkout(run, commit) as (clone, ready):
-        return run_check(run, clone, command) if ready.passed else ready
 
 
 def run_check(
@@ -1166,9 +1143,7 @@ def run_check(
     name, report = os.path.basename(words[0]), None
     if role == "gate" and pytest_word(words) is not None:
         name = "pytest"
-        report = (
-            Path(tempfile.mkdtemp(dir=clone.tmp)) / "report.xml"
-        )  # where nobody can have put one
+        report = Path(tempfile.mkdtemp(dir=clone.tmp), "report.xml")  # nobody can have put one
         argv = with_options(words, f"--junitxml={report}", "-o", "junit_family=xunit1")
     ran = run_guarded(run, guarded_job(run, clone, argv, role, limit or run.settings.gate_timeout))
     tests = read_report(report, run, clone) if report else None
@@ -1300,15 +1275,13 @@ def judge_tree(
             if before.passed != check.passed and not flaky:
                 flaky = [check.command]
             notes += [f"{n} is flaky: red once, green once on the same files" for n in flaky[:5]]
-            steady = {
-                n: o for n, o in (check.tests or {}).items() if n.partition("[")[0] not in flaky
-            }
+            tests = (check.tests or {}).items()
+            steady = {n: o for n, o in tests if n.partition("[")[0] not in flaky}
             by_chance = before.fault == check.fault == "tests" and not against.keys() & again.keys()
             red = {name for name, outcome in all_functions(run.baseline).items() if outcome in BAD}
             if run.is_repair and commit != run.base and red.intersection(flaky):  # red there, twice
-                checks.append(
-                    check._replace(passed=False, reason=f"{min(red & {*flaky})} is flaky now")
-                )
+                reason = f"{min(red & {*flaky})} is flaky now"
+                checks.append(check._replace(passed=False, reason=reason))
                 continue
             if before.passed or check.passed or by_chance:
                 check = check._replace(passed=True, reason="passed", fault="")
@@ -1338,7 +1311,7 @@ def weigh(
             became = next((o for n, o in now.items() if n.startswith(f"{name}::")), None)
             for test in (n for n in now if n.startswith(f"{name}::") and now[n] == "skipped"):
                 source = run.private.file(f"{commit}:{name}") or b""
-                if not is_own_skip(run, test, source, partial(is_judges, run)):
+                if not is_own_skip(run, test, source, lambda path: is_judges(run, path)):
                     against[test] = "is skipped by the code"
         wanted = outcome == "passed" or (run.is_repair and outcome in BAD)
         if wanted and became != "passed" and file_of(name) not in edited:
@@ -1407,7 +1380,7 @@ def judging_base(run: Run) -> Iterator[Callable[[], Verdict | None]]:
 
     commands = "; ".join(run.settings.gate)
     run.console.say(f"▸ the gate judges the base, beside the agent: {commands}")
-    with beside(run.stop, first_look) as look:
+    with beside(run, first_look) as look:
         yield wait
 
 
@@ -1418,12 +1391,12 @@ def cannot_run(checks: Iterable[Check]) -> bool:
 def baseline_key(run: Run) -> str:
     """What a remembered green base depends on: tree, gate, setup, place, interpreter and tools."""
     settings, named = run.settings, ("PYTHONPATH", "PYTEST_ADDOPTS")
-    parts: list[Any] = [__version__, run.private.tree_of(run.base), settings.gate, settings.setup]
+    parts: list[Any] = [__version__, run.base_tree, settings.gate, settings.setup]
     parts += [run.repo.prefix, bool(run.bwrap), sys.version, *map(os.environ.get, named)]
     for program in filter(None, (find_program(run, words[0]) for words in run.commands)):
         for place in (program, Path(os.path.realpath(program))):
             parts += [str(place), file_state(place)]
-            for site in sorted(place.parent.parent.glob("lib/python*/site-packages")):
+            for site in sorted(place.parent.parent.glob(SITES)):
                 parts += sorted(os.listdir(site))
     parts += [file_state(run.repo.top / path) for path in settings.carry]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -1473,12 +1446,9 @@ def cannot_judge(run: Run, baseline: Verdict | None) -> str:
 
 def lacking_files(run: Run) -> list[str]:
     """Ignored files that the user's checkout has and a clone has not, caches and builds aside."""
-    words = ("ls-files", "-oiz", "--exclude-standard", "--directory")
-    names = zsplit(run.git(*words, check=False)) if run.repo.common_dir else []
-    noise = re.compile(
-        r"(^|/)(__pycache__|\.\w+_cache|node_modules|\.?venv|dist|build|\.[nt]ox)/|pyc$"
-    )
-    names = [name.rstrip("/") for name in names if not noise.search(name)]
+    names = zsplit(run.git(*IGNORED, check=False)) if run.repo.common_dir else []
+    noise = r"(^|/)(__pycache__|\.\w+_cache|node_modules|\.?venv|dist|build|\.[nt]ox)/|pyc$"
+    names = [name.rstrip("/") for name in names if not re.search(noise, name)]
     return [name for name in names if name not in {*run.lent, *run.settings.carry}][:5]
 
 
@@ -1589,12 +1559,12 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
     findings = [*change.left_out, *answers["facts"]]
     findings += compare_with_base(run, change, plan, verdict, *answers["base"])
     known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
-    originals = {n: answers["base"][0].get(n) or "passed" for n in known if answers["base"][2]}
+    originals = {n: answers["base"][0].get(n) or "passed" for n in known}
     proof: dict[str, Tests] = {"new_on_old": {}, "old_on_new": originals, "contradicted": {}}
     for path in run.planted:
         text = "was written by the code while it was judged, and it steers the checks."
         severity = "rejects" if run.is_repair else "first"
-        findings.append(Finding("planted", path, None, severity, text))
+        findings.append(Finding("planted", path, severity, text))
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
         unseen = {n for n in passed if function_key(n) in run.contradicted}
@@ -1616,7 +1586,7 @@ def make_plan(run: Run, change: Change) -> Plan:
     plan = Plan(set(), set(), set(), {})
     for file in change.files:
         for path in {file.path, file.old_path}:
-            is_new = path == file.path and file.status in "ARC"
+            is_new = path == file.path and file.status in "AR"
             if is_setting(run, path):
                 plan.settings.add(path)
             elif is_judges(run, path):
@@ -1641,14 +1611,12 @@ def make_plan(run: Run, change: Change) -> Plan:
 # The second question: the base's own judge.
 
 
-def ask_base_judge(
-    run: Run, change: Change, plan: Plan
-) -> tuple[dict[str, Any], list[Check], bool]:
+def ask_base_judge(run: Run, change: Change, plan: Plan) -> tuple[Told, list[Check]]:
     """Is the change's code green under the base's tests and settings? The tests and the commands
-    that are not; and whether it was asked at all."""
+    that are not."""
     # A new test module can patch the code for all: the old tests are run without it, too.
     if not (plan.edited or plan.settings or plan.added) or run.baseline is None:
-        return {}, [], False
+        return {}, []
     settings_back, tests_back = under_base_judge(run, change, plan)
     red = unlike_base_settings(run, settings_back) if plan.settings else []
     bad = unlike_base(run, tests_back)
@@ -1658,16 +1626,16 @@ def ask_base_judge(
         bad = unlike_base(run, tree)
     elif bad and plan.settings and plan.edited:  # is it the settings and conftest.py alone?
         steer = {path for path in plan.settings if not path.endswith(MERGED)}
-        again = with_paths_of(run.private, settings_back, run.private.tree_of(run.base), steer)
+        again = with_paths_of(run.private, settings_back, run.base_tree, steer)
         run.decided = {*unlike_base(run, again)}
-    return bad, red, True
+    return bad, red
 
 
 def under_base_judge(run: Run, change: Change, plan: Plan) -> tuple[str, str]:
     """The change's tree with the base's settings; and with the base's tests and conftest.py."""
     others = {path for path in plan.settings if not path.endswith(MERGED)}
     others |= plan.edited | plan.added
-    tree, base = with_base_settings(run, change, plan), run.private.tree_of(run.base)
+    tree, base = with_base_settings(run, change, plan), run.base_tree
     return tree, with_paths_of(run.private, tree, base, others)
 
 
@@ -1678,17 +1646,15 @@ def ask_holdout(run: Run, tree: str) -> list[Check]:
 
     order, red = [False, False, True], list[Check]()
     for _ in range(2 if run.holdout else 0):
-        SystemRandom().shuffle(
-            order
-        )  # code that counts its runs does not know the contradicted one
-        checks = [run_holdout(run, tree, twins=twins) for twins in order]
+        SystemRandom().shuffle(order)  # code that counts its runs does not know which is which
+        checks = [run_holdout(run, tree, twins) for twins in order]
         red = [check for check in checks if not check.passed]
         if not red:
             return [checks[order.index(False)]]
     return red[:1]
 
 
-def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
+def run_holdout(run: Run, tree: str, twins: bool) -> Check:
     """Run the hold-out tests, or their twins with contradicted expectations, laid into a tree."""
     commit, files = run.private.commit(tree, run.base, "Held\n"), dict(run.holdout)
     names = set[str]()
@@ -1709,15 +1675,14 @@ def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
         check = run_check(run, clone, "--holdout", words=words) if ready.passed else ready
     asked = {os.path.join(run.repo.prefix, path) for path in files}
     tests = by_function(check.tests)
-    bad = [name for name, how in tests.items() if how in BAD or is_evaded(run, name, how, asked)]
-    reason = f"{len(bad)} of {len(tests)} hold-out tests do not pass"
-    gone = sorted(expected_names(run.holdout) - tests.keys()) if not bad and not twins else []
-    if gone:
-        bad, reason = gone, f"{len(gone)} of the hold-out tests were not run"
     if twins:
         bad = [n for n, how in tests.items() if how == "passed" and function_key(n)[1] in names]
         reason = f"{len(bad)} of {len(tests)} hold-out tests pass even when told the opposite"
-    elif not bad:
+    elif bad := [n for n, how in tests.items() if how in BAD or is_evaded(run, n, how, asked)]:
+        reason = f"{len(bad)} of {len(tests)} hold-out tests do not pass"
+    elif bad := [*(expected_names(run.holdout) - tests.keys())]:
+        reason = f"{len(bad)} of the hold-out tests were not run"
+    else:
         reason = check.reason
     passed = not bad and (twins or check.passed)
     return check._replace(name="holdout", passed=passed, reason="passed" if passed else reason)
@@ -1751,43 +1716,34 @@ def is_evaded(run: Run, test: str, outcome: str, asked: set[str]) -> bool:
 
 
 def compare_with_base(
-    run: Run,
-    change: Change,
-    plan: Plan,
-    verdict: Verdict,
-    bad: dict[str, Any],
-    red: list[Check],
-    asked: bool,
+    run: Run, change: Change, plan: Plan, verdict: Verdict, bad: Told, red: list[Check]
 ) -> list[Finding]:
     """Where the base's judge disagrees, an edited test may explain that; a setting, a conftest.py
     or a new test module that decides the verdict may not."""
+    steer = sorted(plan.settings)
     if run.baseline is None:
         text = "steers the checks; with --no-baseline it was not asked what they say without that."
-        return [
-            Finding("judge-changed", path, None, "first", text) for path in sorted(plan.settings)
-        ]
+        return [Finding("judge-changed", path, "first", text) for path in steer]
     now, green = all_functions(verdict), {check.command for check in verdict.checks if check.passed}
     helpers = any(not TEST_MODULE.search(path) for path in plan.edited)
     explained = {n for n in bad if file_of(n) in plan.edited or (helpers and n not in run.decided)}
     explained = set() if run.is_repair else explained
-    findings = edited_tests(change, plan, explained) if asked else []
+    findings = edited_tests(change, plan, explained)
     told = [
         f"{n} {BECAME[bad[n]]}"
         for n in sorted(bad)
         if n not in explained and now.get(n) == "passed"
     ]
     told += [f"{check.command} is red ({check.reason})" for check in red if check.command in green]
-    culprits = sorted(plan.settings) or sorted(plan.added) or sorted(plan.edited)
+    culprits = steer or sorted(plan.added) or sorted(plan.edited)
     if told:
         more = f" (or {', '.join(culprits[1:4])})" if culprits[1:] else ""
         allow = " ".join(f"--allow {shlex.quote(path)}" for path in culprits[:4])
         text = f"decides the verdict{more}: with what the base has in its place, "
         text += f"{'; '.join(told[:5])}. If that is meant, let it in: {allow}"
-        return [*findings, Finding("judge-decides", culprits[0], None, "rejects", text)]
-    severity, text = (
-        "first",
-        "steers the checks and was changed: see whether it makes them red, or hides tests.",
-    )
+        return [*findings, Finding("judge-decides", culprits[0], "rejects", text)]
+    severity = "first"
+    text = "steers the checks and was changed: see whether it makes them red, or hides tests."
     if verdict.is_green:
         severity = "shown"
         text = "steers the checks and was changed; the base's tests are green without that, too."
@@ -1796,30 +1752,25 @@ def compare_with_base(
         text = "steers the checks and was changed; what the base has does not load on the new code."
     if run.unasked:
         severity = "first"
-        text = (
-            "steers the checks and was changed; --setup fails without that, so nothing was asked."
-        )
-    steer = sorted(plan.settings)
-    return findings + [Finding("judge-changed", p, None, severity, text) for p in steer]
+        text = "steers the checks and was changed; --setup fails without that: nothing was asked."
+    return findings + [Finding("judge-changed", p, severity, text) for p in steer]
 
 
-def unlike_base(run: Run, tree: str) -> dict[str, Any]:
+def unlike_base(run: Run, tree: str) -> Told:
     """Tests that passed at the base (in a repair: all) and do not in this tree, twice."""
-    found: dict[str, Any] = {}
-    for known in run.baseline.checks if run.baseline else ():
+    found: Told = {}
+    for known in run.known:
         asked = ("passed", *BAD) if run.is_repair else ("passed",)
-        wanted: dict[str, Any] = {n: o for n, o in by_function(known.tests).items() if o in asked}
+        wanted: Told = {n: o for n, o in by_function(known.tests).items() if o in asked}
         for _ in range(2):
             if wanted:
                 words = split_command(known.command, "--gate")
                 words = with_options(words, "--continue-on-collection-errors", "--maxfail=0")
-                check = run_in_tree(run, tree, known.command, words)
+                check = run_alone(run, tree, known.command, words)
                 run.unasked |= check.fault == "setup"
                 run.unloaded |= check.fault == "usage"
                 now = by_function(check.tests) if check.fault != "setup" else wanted
-                now |= {
-                    n: "passed" for n in wanted if "::" not in n and n not in now
-                }  # collected now
+                now = {n: "passed" for n in wanted if "::" not in n} | now  # collected now
                 wanted = {n: now.get(n) for n in wanted if now.get(n) != "passed"}
         found |= wanted
     return found
@@ -1828,7 +1779,7 @@ def unlike_base(run: Run, tree: str) -> dict[str, Any]:
 def unlike_base_settings(run: Run, tree: str) -> list[Check]:
     """The commands that are red with the base's settings and the change's tests, twice."""
     commit = run.private.commit(tree, run.base, commit_message(run))
-    known = run.baseline.checks if run.baseline else ()
+    known = run.known
     asked = [c for c in known if c.name != "holdout" and (c.passed or run.is_repair)]
     commands = tuple(check.command for check in asked)
     red: list[Check] = []
@@ -1842,35 +1793,33 @@ def unlike_base_settings(run: Run, tree: str) -> list[Check]:
     return red
 
 
-def run_in_tree(run: Run, tree: str, command: str, words: Sequence[str], limit: float = 0) -> Check:
+def run_alone(
+    run: Run, tree: str, command: str, words: Sequence[str] = (), limit: float = 0
+) -> Check:
     commit = run.private.commit(tree, run.base, commit_message(run))  # as in the proposal
     with clean_checkout(run, commit) as (clone, ready):
         return run_check(run, clone, command, words=words, limit=limit) if ready.passed else ready
 
 
 def edited_tests(change: Change, plan: Plan, explained: set[str]) -> list[Finding]:
-    """What a reviewer should know of edited, moved and deleted tests, by file."""
     found = []
     for file in change.files:
         path = file.old_path
         names = sorted(name.partition("::")[2] for name in explained if file_of(name) == path)
-        what = {"D": "was deleted", "R": f"was moved to {file.path}"}.get(
-            file.status, "was changed"
-        )
+        known = {"D": "was deleted", "R": f"was moved to {file.path}"}
+        what = known.get(file.status, "was changed")
         if names:
-            listed = ", ".join(names[:5]) + (
-                f" and {len(names) - 5} more" if len(names) > 5 else ""
-            )
-            what += f", and as the base has it, it fails on the new code: {listed}"
+            what += f", and as the base has it, it fails on the new code: {', '.join(names[:5])}"
+            what += f" and {len(names) - 5} more" * (len(names) > 5)
         if path in plan.edited and (names or file.deleted or file.status not in "AM"):
             severity = "first" if names or file.status == "D" else "shown"
             text = f"{what}. See that the issue asks for it." if severity == "first" else f"{what}."
-            found.append(Finding("test-changed", path, None, severity, text))
+            found.append(Finding("test-changed", path, severity, text))
     others = sorted({file_of(name) for name in explained} - {finding.path for finding in found})
     if others:
         helper = min(path for path in plan.edited if not TEST_MODULE.search(path))
         text = f"was changed; with the base's version of it, tests fail in {', '.join(others[:5])}."
-        found.append(Finding("test-changed", helper, None, "first", text))
+        found.append(Finding("test-changed", helper, "first", text))
     return found
 
 
@@ -1885,7 +1834,7 @@ NEEDED = re.compile(
 
 def with_base_settings(run: Run, change: Change, plan: Plan) -> str:
     """The change's tree with the base's settings, but for conftest.py, which the tests need."""
-    private, base, entries = run.private, run.private.tree_of(run.base), []
+    private, base, entries = run.private, run.base_tree, []
     wanted = {path for path in plan.settings if not path.endswith("conftest.py")}
     for path in [path for path in wanted if path.endswith(MERGED)]:
         old, new = private.file(f"{base}:{path}"), private.file(f"{change.tree}:{path}")
@@ -1916,11 +1865,11 @@ def tools_of(data: bytes) -> Any:
     return sorted(text.strip() for head, text in tables(data) if not NEEDED.match(head))
 
 
-def read_toml(data: bytes) -> dict[str, Any]:
+def read_toml(data: bytes) -> Told:
     """What a TOML file says. ImportError on Python 3.10, which has no reader; ValueError."""
     import importlib
 
-    read: dict[str, Any] = importlib.import_module("tomllib").loads(data.decode("utf-8-sig"))
+    read: Told = importlib.import_module("tomllib").loads(data.decode("utf-8-sig"))
     return read
 
 
@@ -1943,8 +1892,6 @@ UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what host
 
 def test_functions(source: Any) -> list[tuple[str, Any, str]]:
     """The tests of a module or syntax tree: name with its classes, node, the node's text."""
-    import ast
-
     within = (ast.If, ast.Try, ast.With)
 
     def walk(body: Iterable[Any], inside: str) -> Iterator[tuple[str, Any, str]]:
@@ -1957,9 +1904,7 @@ def test_functions(source: Any) -> list[tuple[str, Any, str]]:
                 yield from walk(getattr(node, name, []), inside)
 
     try:
-        if (
-            isinstance(source, bytes) and len(source) > LARGE // 5
-        ):  # it would take the memory for it
+        if isinstance(source, bytes) and len(source) > LARGE // 5:  # too much memory
             return []
         tree = source if isinstance(source, ast.Module) else ast.parse(source or b"")
         return list(walk(tree.body, ""))
@@ -1984,8 +1929,8 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
         wanted |= {(heir, function_key(name)[1]) for heir in inherited[function_key(name)[1]]}
     for path, names in todo.items():
         source = run.private.file(f"{change.tree}:{path}")
-        here = names & {name for name, _, _ in test_functions(source)}
-        if twin := contradicted(source, here) if here else b"":
+        here = names & {name for name, *_ in test_functions(source)}
+        if here and (twin := contradicted(source, here)):
             entries.append(new_entry(run.private, path, twin))
             wanted |= {function_key(f"{path}::{name}") for name in here}
     tree, files = build_tree(run.private, change.tree, entries), {file for file, _ in wanted}
@@ -1997,7 +1942,6 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
 
 
 def find_functions(run: Run, tree: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The test functions of these names, by the file in which they stand."""
     words = [word for name in names for word in ("-e", rf"def {name}\b")]
     told = zsplit(run.private("grep", "-lzE", *words, tree, check=False)) if words else []
     for path in (place.partition(":")[2] for place in told):
@@ -2018,8 +1962,6 @@ def contradicted(source: bytes | None, names: set[str]) -> bytes:
     is altered and anything else replaced; without such, the last operator is turned; what should
     raise does nothing; else it ends in `assert 0`.
     """
-    import ast
-
     try:
         tree = ast.parse(source or b"")
         text = opposite("other_", False)
@@ -2039,8 +1981,6 @@ def contradicted(source: bytes | None, names: set[str]) -> bytes:
 def contradict_last(function: Any, other: str) -> bool:
     """Turn the last comparison of a test into its opposite; False where it has none. `other` is
     the name of what makes another value when the twin runs."""
-    import ast
-
     raising = [node for node in function.body if isinstance(node, ast.With) and expects_error(node)]
     found = list(comparisons(function.body))
     valued = [told for told in found if not isinstance(told[0][-1], ast.cmpop)]
@@ -2064,11 +2004,8 @@ def contradict_last(function: Any, other: str) -> bool:
 
 
 def name_of(called: Any) -> str:
-    return str(
-        getattr(
-            getattr(called, "func", None), "attr", getattr(getattr(called, "func", None), "id", "")
-        )
-    )
+    func = getattr(called, "func", None)
+    return str(getattr(func, "attr", getattr(func, "id", "")))
 
 
 def expects_error(node: Any) -> bool:
@@ -2085,8 +2022,6 @@ COMPARES = re.compile(r"is_?close|all_?close|equal$|assertIs$|_called.*_with$", 
 def comparisons(body: Iterable[Any]) -> Iterator[tuple[list[Any], Any, bool]]:
     """What the asserts of a test compare, as lists of the tree's own that can be written to (where
     no value says what is expected: its operators); the loop around each; whether near will do."""
-    import ast
-
     for node in body:
         test = node.test if isinstance(node, ast.Assert) else getattr(node, "value", None)
         if isinstance(node, ast.For):
@@ -2114,8 +2049,6 @@ def names_tolerance(call: Any, usual: int = 1) -> bool:
 
 def literal_in(node: Any) -> Any:
     """The last literal of a value that is written out, as the tree's own node."""
-    import ast
-
     inner: list[Any] = []
     if isinstance(node, ast.Constant) and node.value is not Ellipsis:
         return node
@@ -2178,7 +2111,7 @@ def run_test_files(run: Run, tree: str, files: set[str]) -> Tests:
     limit = run.settings.gate_timeout
     if run.baseline:
         limit = min(limit, 10 + 3 * max((c.seconds for c in run.baseline.checks), default=0))
-    check = run_in_tree(run, tree, shlex.join(argv), argv, limit)
+    check = run_alone(run, tree, shlex.join(argv), argv, limit)
     return by_function(check.tests) if check.fault not in ("slow", "usage", "report") else {}
 
 
@@ -2195,7 +2128,7 @@ def pytest_start(run: Run) -> list[str]:
 def run_on_old_code(run: Run, change: Change, plan: Plan) -> Tests:
     """The new and edited tests on the old code, where they should fail: function -> outcome."""
     changed = plan.edited | plan.added | ({file.path for file in change.files} & {*plan.biting})
-    base, tests = run.private.tree_of(run.base), {path for path in plan.biting if path in changed}
+    base, tests = run.base_tree, changed & plan.biting.keys()
     tree = with_paths_of(run.private, base, change.tree, changed | plan.settings)
     if tests or not any(TEST_MODULE.search(path) for path in changed):
         return run_test_files(run, tree, tests)
@@ -2207,8 +2140,8 @@ def new_on_old(run: Run, plan: Plan, told: Tests, passed: set[str], edited: set[
     """What each test that is to bite, and passes now, did on the old code; only what was run."""
     if not passed:  # a gate without a report of tests
         return told
-    red = {n: o for n, o in all_functions(run.baseline).items() if o in BAD and n in passed}
-    red = {name: outcome for name, outcome in red.items() if file_of(name) not in edited}
+    known = {n: o for n, o in all_functions(run.baseline).items() if file_of(n) not in edited}
+    red = {n: o for n, o in known.items() if o in BAD and n in passed}
     wanted = {function_key(f"{p}::{name}") for p, names in plan.biting.items() for name in names}
     ran = sorted(n for n in passed - red.keys() if function_key(n) in wanted and told)
     return {name: told.get(name, "could not run") for name in ran} | red
@@ -2220,7 +2153,6 @@ PROSE = (".md", ".rst", ".txt", ".cfg", ".toml", ".ini", ".yml", ".yaml", ".json
 def show_bite(
     run: Run, change: Change, plan: Plan, proof: dict[str, Tests], passed: set[str]
 ) -> list[Finding]:
-    """Tests whose green means nothing; and what no test shows."""
     severity, found = "rejects" if run.is_repair else "first", []
     for name, outcome in proof["contradicted"].items():
         if outcome not in ("passed", "could not run"):
@@ -2230,11 +2162,11 @@ def show_bite(
         if outcome == "could not run":
             text = f"{name.partition('::')[2]} was not seen to fail when told to expect the "
             text += "opposite: it was not run, or not to its end. See what the code does then."
-        found.append(Finding("no-bite", file_of(name), None, severity, text))
+        found.append(Finding("no-bite", file_of(name), severity, text))
     has_code = any(not file.path.endswith(PROSE) for file in change.files)
     if run.is_repair and not has_code:
         text = "no code was changed, only data or settings: see that this mends the cause."
-        found.append(Finding("no-code", "", None, "first", text))
+        found.append(Finding("no-code", "", "first", text))
     return found + unshown(run, plan, proof["new_on_old"], passed, has_code)
 
 
@@ -2246,12 +2178,12 @@ def unshown(run: Run, plan: Plan, tried: Tests, passed: set[str], has_code: bool
     for path in sorted({file_of(name) for name in useless}) if shows else ():
         names = ", ".join(name.partition("::")[2] for name in useless if file_of(name) == path)
         text = f"passes without the change too, so it shows nothing of it: {one_line(names)}."
-        found.append(Finding("no-proof", path, None, "shown", text))
+        found.append(Finding("no-proof", path, "shown", text))
     ran = {file_of(name) for name in passed}
     for path in sorted(plan.added - ran if passed else ()):
         if TEST_MODULE.search(path):
             text = "is a new test file that no gate command ran."
-            found.append(Finding("no-proof", path, None, "first", text))
+            found.append(Finding("no-proof", path, "first", text))
     if not shows and not run.is_repair:
         why = "no test fails without it"
         if plan.added or plan.edited:
@@ -2261,7 +2193,7 @@ def unshown(run: Run, plan: Plan, tried: Tests, passed: set[str], has_code: bool
         if run.baseline is None and not plan.biting:
             why = "it brings none, and with --no-baseline no other was asked"
         text = f"no test shows what this change does: {why}."
-        found.append(Finding("no-proof", "", None, "first" if has_code else "shown", text))
+        found.append(Finding("no-proof", "", "first" if has_code else "shown", text))
     return found
 
 
@@ -2295,21 +2227,16 @@ def finding_text(finding: Finding) -> str:
 
 
 def find_facts(run: Run, change: Change) -> list[Finding]:
-    """The facts of a change that a reviewer should know."""
     found = list[Finding]()
-    blobs = run.private.blobs(
-        [b for f in change.files if f.size < LARGE for b in (f.old_blob, f.blob)]
-    )
     for file in change.files:
         found += file_facts(run, file)
-        old, new = blobs.get(file.old_blob), blobs.get(file.blob)
+        names = (file.old_blob, file.blob) if file.size < LARGE else ("", "")
+        old, new = map(run.private.file, names)
         lines = added_lines(old or b"", new or b"")
         for number, line in lines.items():
             if TOKENS.search(line) or any(secret in line for secret in run.console.secrets):
-                text = (
-                    "holds a secret, or what looks like one. Take it out: others read a proposal."
-                )
-                found.append(Finding("secret", file.path, number, "rejects", text))
+                text = "holds what looks like a secret. Take it out: others read a proposal."
+                found.append(Finding("secret", file.path, "rejects", text, number))
         allowed = is_judges(run, file.path) or is_allowed(run, file.path)
         if file.path.endswith((".py", ".pyi")) and not allowed:
             found += code_facts(run, file.path, old or b"", new or b"", lines)
@@ -2317,7 +2244,7 @@ def find_facts(run: Run, change: Change) -> list[Finding]:
             for source, _ in sorted(examples(old) - examples(new))[:1]:
                 text = f"an example in a docstring is gone or altered: {one_line(source, 60)}."
                 severity = "rejects" if run.is_repair else "first"
-                found.append(Finding("test-changed", file.path, None, severity, text))
+                found.append(Finding("test-changed", file.path, severity, text))
     return found
 
 
@@ -2336,36 +2263,34 @@ def file_facts(run: Run, file: FileChange) -> Iterator[Finding]:
     path, prefix = file.path, f"{run.repo.prefix}/" if run.repo.prefix else ""
     if prefix and not path.startswith(prefix):
         text = f"lies outside {prefix}, where the gate ran: no check has seen this change."
-        yield Finding("outside", path, None, "first", text)
+        yield Finding("outside", path, "first", text)
     if file.status != "D" and (file.binary or file.size > LARGE):
         kind = "binary" if file.binary else "large"
-        yield Finding(kind, path, None, "shown", f"is {kind} ({size_text(file.size)}).")
+        yield Finding(kind, path, "shown", f"is {kind} ({size_text(file.size)}).")
     if TEST_MODULE.search(file.old_path) and file.status != "A" and is_allowed(run, file.old_path):
         text = (
-            "an existing test was changed, as --allow lets it. See that its expectation is right."
+            "an existing test was changed, as --allow lets it. See that it expects what is right."
         )
-        yield Finding("test-changed", file.old_path, None, "first", text)
+        yield Finding("test-changed", file.old_path, "first", text)
     if file.status not in "AD" and file.mode != file.old_mode:
         text = f"its mode was changed from {file.old_mode[-3:]} to {file.mode[-3:]}."
-        yield Finding("mode", path, None, "shown", text)
+        yield Finding("mode", path, "shown", text)
     folder, _, name = path.removesuffix("/__init__.py").rpartition("/")
     name = name.partition(".")[0]
     roots = {"", "src", run.repo.prefix, *map(os.path.dirname, run.tested_files)}
     taken = {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "hypothesis", "ruff"}
     taken |= {"sitecustomize", "usercustomize"}
     if not is_judges(run, path):  # some packages bring a `tests` of theirs
-        sites = Path(run.environment or sys.prefix).glob("lib/python*/site-packages/*")
+        sites = Path(run.environment or sys.prefix).glob(f"{SITES}/*")
         taken |= {site.name.removesuffix(".py") for site in sites if "-" not in site.name}
-    is_new = file.status in "ARC" and not is_allowed(run, path)
+    is_new = file.status in "AR" and not is_allowed(run, path)
     is_new = is_new and path.endswith((".py", ".pyc", ".pyd", ".so"))
     if is_new and folder in roots and name in taken | sys.stdlib_module_names:
         text = f"would be imported in place of {name} of Python's own or of a tool. Rename it."
-        yield Finding("shadows", path, None, "first", text)
+        yield Finding("shadows", path, "first", text)
 
 
 def examples(source: bytes | None) -> Counter[tuple[str, str]]:
-    """The examples in a module's docstrings: what is typed, and what is expected."""
-    import ast
     import doctest
 
     found, told = Counter[tuple[str, str]](), (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -2381,8 +2306,6 @@ def code_facts(
     run: Run, path: str, old: bytes, source: bytes, lines: dict[int, str]
 ) -> Iterator[Finding]:
     """The facts of added Python code that is no test, at most one a line."""
-    import ast
-
     gate, told = " ".join(run.settings.gate), dict[int, str]()
     kinds = "|".join(pattern for tool, pattern in SUPPRESSES.items() if tool in gate)
     for number, line in lines.items():
@@ -2395,17 +2318,14 @@ def code_facts(
             told_by = [getattr(node, name, 0) for name in ("id", "attr", "module", "name", "value")]
             new = [w for w in told_by if isinstance(w, str) and " " not in w and number in lines]
             for word in [w for w in new if w.encode("utf-8", "replace") not in old]:
-                for fact in [
-                    fact
-                    for pattern, fact in FACTS.items()
-                    if re.search(pattern, word, re.IGNORECASE)
-                ]:
-                    told.setdefault(number, f"{one_line(word, 40)!r} {fact}")
+                for pattern, fact in FACTS.items():
+                    if re.search(pattern, word, re.IGNORECASE):
+                        told.setdefault(number, f"{one_line(word, 40)!r} {fact}")
             name = getattr(called, "id", "")
             if number in lines and name in ("exec", "eval", "compile", "__import__"):
                 told.setdefault(number, f"{name}() runs code that is not written here")
     for number, fact in sorted(told.items()):
-        yield Finding("suspicious", path, number, "first", f"{fact}. See whether it must.")
+        yield Finding("suspicious", path, "first", f"{fact}. See whether it must.", number)
 
 
 # --------------------------------------------------------------------------------------- proposal
@@ -2443,7 +2363,7 @@ def hand_over(run: Run, outcome: str, message: str, verdict: Verdict | None = No
     try:
         if run.turns and not run.turns[-1].change:  # a signal came before it was read
             run.turns[-1] = run.turns[-1]._replace(change=read_change(run))
-        if (change := last_change(run)) and change.whole != run.private.tree_of(run.base):
+        if (change := last_change(run)) and change.whole != run.base_tree:
             keep_work(run, change)
     except (Refusal, OSError) as error:
         run.keep_folder = True
@@ -2456,11 +2376,11 @@ def last_change(run: Run) -> Change | None:
     return next((turn.change for turn in reversed(run.turns) if turn.change), None)
 
 
-def red_after(run: Run, verdict: Verdict | None) -> str:
-    text = f"the verdict is red (attempts: {len(run.turns)}): {verdict.reason if verdict else ''}"
+def red_after(run: Run, verdict: Verdict) -> str:
+    text = f"the verdict is red (attempts: {len(run.turns)}): {verdict.reason}"
     if budget_left(run) <= 0:
         text += f". The budget of {duration_text(run.settings.budget or 0)} is used up"
-    if verdict and verdict.checks[-1].name == "holdout" and len(run.turns) < run.settings.attempts:
+    if verdict.checks[-1].name == "holdout" and len(run.turns) < run.settings.attempts:
         text += ". Once the hold-out tests were run, there is no further attempt"
     if not run.settings.baseline:
         text += ". What was red before is not known with --no-baseline; to leave a test out of the"
@@ -2557,7 +2477,7 @@ def take_back(run: Run, changed: list[str], branch: str) -> None:
                 os.removedirs((run.repo.top / path).parent)  # as far as they are empty
     run.git("read-tree", "--reset", run.repo.head, check=False)
     words = ("checkout-index", "-q", "-z", "--stdin")
-    run.git(*words, stdin=os.fsencode("\0".join(changed)), check=False)
+    run.git(*words, paths=changed, check=False)
 
 
 def write_into_folder(run: Run, change: Change, verdict: Verdict) -> Ending:
@@ -2583,42 +2503,32 @@ DIFF = ("diff-tree", "-p", "--binary", "--full-index")
 FORGES = {  # in the host's name -> its form, and its program's command
     "github": (
         "{web}/compare/{base}...{head}?expand=1&title={title}",
-        (
-            "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} "
-            "--body-file {body}"
-        ),
+        "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} -F {body}",
     ),
     "gitlab": (
         (
             "{pushed}/-/merge_requests/new?merge_request[source_branch]={branch}"
             "&merge_request[target_branch]={base}&merge_request[title]=Draft:%20{title}"
         ),
-        (
-            "glab mr create --draft --source-branch {branch} --target-branch {base} "
-            '--title {title} --description "$(cat {body})"'
-        ),
+        'glab mr create --draft -s {branch} -b {base} -t {title} -d "$(cat {body})"',
     ),
     "codeberg|forgejo|gitea": (
         "{web}/compare/{base}...{head}?title={title}",
-        (
-            "tea pr create --head {head} --base {base} --title 'WIP: '{title} "
-            '--description "$(cat {body})"'
-        ),
+        "tea pr create --head {head} --base {base} --title 'WIP: '{title} -d \"$(cat {body})\"",
     ),
 }
 
 
-def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
+def proposal_commands(run: Run, branch: str) -> Rows:
     """What the person would run, right for the repository's remote: push, then open a draft."""
     from urllib.parse import quote
 
-    q, config, refs = shlex.quote, run.repo.config, run.before
+    q, refs = shlex.quote, run.before
     here = (run.repo.head_ref or "").removeprefix("refs/heads/")
-    remote, into, address = find_remotes(run)
+    remote, into, pushed, web = find_remotes(run)
     push = ("push it", f"git push -u {q(remote or 'origin')} {q(branch)}")
     if not remote:
         return [("add a remote", "git remote add origin ADDRESS"), push]
-    pushed, web = web_address(config[f"remote.{remote}.url"]), web_address(address)
     if not web:
         return [push]
     theirs, repo = f"refs/remotes/{into}/", web.partition("://")[2]
@@ -2638,14 +2548,10 @@ def proposal_commands(run: Run, branch: str) -> list[tuple[str, str]]:
     return [push, ("open the form", f"python3 -m webbrowser {q(form)}")]
 
 
-def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
-    """What a person can do with the work now, as commands that can be pasted."""
+def next_steps(run: Run, ending: Ending) -> Rows:
     q, ref = shlex.quote, shlex.quote(ending.branch or run.kept or "")
     look = ("look at it", f"git show {ref}")
-
-    def again(name: str) -> str:
-        return command_line(run, run.settings.command, "--continue", name)
-
+    go_on = ("go on", command_line(run, run.settings.command, "--continue", run.name))
     if ending.branch:
         drop, head_ref = f"git branch -D {ref}", run.repo.head_ref
         if ending.switched:
@@ -2655,20 +2561,16 @@ def next_steps(run: Run, ending: Ending) -> list[tuple[str, str]]:
         steps = [] if planted else proposal_commands(run, ending.branch)
         if run.kept:  # what was put back, too
             steps.insert(0, ("with the rest", f"git show {run.kept}"))
-        return [look, *steps, ("go on", again(run.name)), ("drop it", drop)]
+        return [look, *steps, go_on, ("drop it", drop)]
     if run.kept:
         take = f"git switch -c {q(free_branch(run, f'my-{run.slug}'))} {ref}"
         drop = f"git update-ref -d {ref}"
-        more = ("go on", again(run.name))
-        return [look, more, ("take it over", take), ("drop it", drop)]
+        return [look, go_on, ("take it over", take), ("drop it", drop)]
     if run.record and ending.change and ending.change.files:  # outside Git
         patch, done = q(f"{run.record}/change.patch"), ending.outcome == "proposed"
-        last = (
-            ("take it back", f"git apply -R {patch}")
-            if done
-            else ("take it over", f"git apply {patch}")
-        )
-        return [("look at it", f"cat {patch}"), ("go on", again(run.name)), last]
+        last = ("take it back", f"git apply -R {patch}")
+        last = last if done else ("take it over", f"git apply {patch}")
+        return [("look at it", f"cat {patch}"), go_on, last]
     return []
 
 
@@ -2680,7 +2582,7 @@ MARKS = {"rejects": "✗", "first": "!", "shown": "·"}
 FILE_WORDS = {"A": "added", "D": "deleted", "M": "changed", "R": "renamed", "T": "retyped"}
 
 
-def tell_story(run: Run, ending: Ending) -> list[tuple[str, list[tuple[str, str]]]]:
+def tell_story(run: Run, ending: Ending) -> list[tuple[str, Rows]]:
     """The sections of an ending: their titles, and rows of a mark and a text."""
     verdict, files, shown = ending.verdict or Verdict("", ()), [], []
     told = [(MARKS[f.severity], finding_text(f)) for f in findings_of(ending)]
@@ -2741,7 +2643,7 @@ def headline(ending: Ending) -> str:
     return f"{what}{look}; {ending.message}"
 
 
-def ending_lines(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> list[str]:
+def ending_lines(run: Run, ending: Ending, steps: Rows) -> list[str]:
     lines = ["", f"{ending.outcome.upper()} (exit {ending.status}): {headline(ending)}"]
     for title, text in telling_outputs(run, ending):
         lines += ["", f"{title}:", *(f"  │ {line}" for line in text.split("\n"))]
@@ -2759,7 +2661,7 @@ def whose_now(ending: Ending) -> str:
     return "It is yours now" if ending.outcome == "proposed" else "The agent's work is kept"
 
 
-def telling_outputs(run: Run, ending: Ending) -> list[tuple[str, str]]:
+def telling_outputs(run: Run, ending: Ending) -> Rows:
     """What an agent that failed said last, and the telling lines of red checks, with titles."""
     told = []
     if run.turns and run.turns[-1].failed:
@@ -2796,17 +2698,17 @@ def pr_text(run: Run, ending: Ending) -> str:
     made = [("Attempts:", str(len(run.turns))), ("Gate:", "; ".join(run.settings.gate))]
     made.append(("Guard:", ", ".join(run.levels)))
     if change and ending.verdict:
-        made.append(("Judged:", f"tree {change.tree}, commit {change.commit}, on {change.base}"))
+        made.append(("Judged:", f"tree {change.tree}, commit {change.commit}, on {run.base}"))
     for title, rows in [*tell_story(run, ending), ("How it was made", made)]:
         lines += ["", f"## {title}", "", *(f"- {mark} {code(text)}" for mark, text in rows)]
     return "\n".join(lines) + "\n"
 
 
-def report_checks(verdict: Verdict | None) -> list[dict[str, Any]] | None:
+def report_checks(verdict: Verdict | None) -> list[Told] | None:
     """The commands of the gate; the numbers of tests are null where one left no report of them."""
     rows = []
     for check in verdict.checks if verdict else ():
-        row = {k: getattr(check, k) for k in ("name", "command", "passed", "reason")}
+        row = {k: getattr(check, k) for k in Check._fields[:4]}
         row["seconds"] = round(check.seconds, 3)
         for word, also in (("passed", ""), ("failed", "error"), ("skipped", "xfailed")):
             told = check.tests and [how for how in check.tests.values() if how in (word, also)]
@@ -2815,7 +2717,7 @@ def report_checks(verdict: Verdict | None) -> list[dict[str, Any]] | None:
     return rows if verdict else None
 
 
-def build_report(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> dict[str, Any]:
+def build_report(run: Run, ending: Ending, steps: Rows) -> Told:
     """report.json: what the run did, as data. Keys never disappear; what does not apply is null."""
     change, verdict = ending.change, ending.verdict
     attempts = [
@@ -2859,8 +2761,7 @@ def well_formed(value: Any, mask: Callable[[str], str]) -> Any:
     return [well_formed(v, mask) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def finish(run: Run, ending: Ending) -> dict[str, Any]:
-    """Write the record, print the ending, and return the report."""
+def finish(run: Run, ending: Ending) -> Told:
     if run.record and ending.outcome == "refused" and not run.turns:
         shutil.rmtree(run.record, ignore_errors=True)
         run.record = None
@@ -2872,7 +2773,7 @@ def finish(run: Run, ending: Ending) -> dict[str, Any]:
             run.note("change.patch", run.private(*DIFF, "-M", before, change.tree))
         run.note("pr.md", text)
         run.note("page.html", write_page(run, ending, steps))
-    report: dict[str, Any] = well_formed(build_report(run, ending, steps), run.console.mask)
+    report: Told = well_formed(build_report(run, ending, steps), run.console.mask)
     if run.record:
         run.note("report.json", json.dumps(report, indent=2) + "\n")
         prune(run)
@@ -2898,9 +2799,7 @@ def mention_the_rest(run: Run, ending: Ending) -> None:
     if run.rewritten and ending.change and run.record:
         run.note("rewritten.patch", run.rewritten)
         again = f"{switch}git apply {shlex.quote(f'{run.record}/rewritten.patch')}"
-        run.mentions.append(
-            f"a gate command rewrote files, which is not in this; to add it: {again}"
-        )
+        run.mentions.append(f"a gate command rewrote files, not in this; to add it: {again}")
     names, folder = ("pre-commit", "commit-msg", "prepare-commit-msg"), run.repo.hooks
     hooks = ", ".join(name for name in names if folder and os.access(folder / name, os.X_OK))
     if ending.branch and hooks:
@@ -2976,8 +2875,7 @@ ol li + li::before {position: absolute; top: -1.6rem; left: 48%; content: "↓"}
 """
 
 
-def write_page(run: Run, ending: Ending, steps: list[tuple[str, str]]) -> str:
-    """page.html: the outcome, the way, what to look at, the change, the commands, the outputs."""
+def write_page(run: Run, ending: Ending, steps: Rows) -> str:
     outcome, colour = ending.outcome.upper(), "bad" if ending.status else "good"
     about = f"{run.settings.command} on {run.base[:12]}; guard: {', '.join(run.levels)}"
     html = f"{PAGE_HEAD}<title>{outcome}: {page_text(run, run.slug)}</title>"
@@ -3038,7 +2936,7 @@ def page_diff(run: Run) -> str:
 
 def page_way(run: Run, ending: Ending) -> Iterator[str]:
     """The boxes of the way; each attempt has its own from the brief to the verdict."""
-    for number, turn in enumerate(run.turns or [Turn(1, Ran(None, "", 0.0))]):
+    for number, turn in enumerate(run.turns or [Turn(1)]):
         states, texts = way_states(run, ending, number), way_texts(run, turn)
         for at in range(bool(number), len(states)):
             ended = states[at] in ("over", "bad")
@@ -3198,10 +3096,8 @@ def write_guard(run: Run) -> dict[str, str]:
     repo, folder, own = run.repo, run.folder / "guard", set[str]()
     names = ("bin/ssh-refused", "bin/gh", "bin/glab", "bin/tea", "hooks/reference-transaction")
     texts = dict.fromkeys(names, REFUSAL) | {"imports/sitecustomize.py": REDIRECT}
-    texts |= {
-        "empty/nothing": "",
-        "repository": f"[core]\nhooksPath = {quoted(folder / 'hooks')}\n",
-    }
+    texts["empty/nothing"] = ""
+    texts["repository"] = f"[core]\nhooksPath = {quoted(folder / 'hooks')}\n"
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
@@ -3258,7 +3154,7 @@ def child_env(run: Run, clone: Clone, role: str) -> dict[str, str]:
 class Job(NamedTuple):
     """A command that we do not trust, ready to start. `limit` is in seconds, wall clock."""
 
-    argv: tuple[str, ...]
+    argv: Sequence[str]
     cwd: Path
     env: dict[str, str]
     limit: float
@@ -3270,16 +3166,16 @@ def guarded_job(run: Run, clone: Clone, words: Sequence[str], role: str, limit: 
     env, top, argv = child_env(run, clone, role), run.repo.top, list(words)
     place = clone.path / run.repo.prefix
     if follows_link(place):  # the change may not choose where it is judged
-        return Job(tuple(argv), run.folder / "gone", env, limit)
+        return Job(argv, run.folder / "gone", env, limit)
     place.mkdir(parents=True, exist_ok=True)
     if not run.bwrap:
         for number, word in enumerate(words):  # what names something in the checkout: the clone's
             own = clone.path / os.path.relpath(word, top)
             if run.repo.common_dir and Path(word).is_relative_to(top) and own.exists():
                 argv[number] = str(own)
-        return Job(tuple(argv), place, env, limit)
+        return Job(argv, place, env, limit)
     if role not in run.machine:
-        run.machine[role] = machine_args(run, writable=role == "agent")
+        run.machine[role] = machine_args(run, role == "agent")
     sandbox = [
         *(run.bwrap, *run.machine[role]),
         *mounts("ro-bind", run.folder / "guard", run.folder / "brief.md"),
@@ -3289,7 +3185,7 @@ def guarded_job(run: Run, clone: Clone, words: Sequence[str], role: str, limit: 
         *mounts("ro-bind", *(top / path for path in clone.lent)),
         *("--chdir", str(top / run.repo.prefix), "--"),
     ]
-    return Job((*sandbox, *argv), Path("/"), env, limit)
+    return Job([*sandbox, *argv], Path("/"), env, limit)
 
 
 def mounts(how: str, *paths: Path | None) -> list[str]:
@@ -3298,7 +3194,7 @@ def mounts(how: str, *paths: Path | None) -> list[str]:
     return [word for place in places if place != "/" for word in (f"--{how}-try", place, place)]
 
 
-def machine_args(run: Run, *, writable: bool) -> list[str]:
+def machine_args(run: Run, writable: bool) -> list[str]:
     """What is the same for each clone: the machine read-only, HOME free, logins hidden."""
     home, others, repo = home_folder().resolve(), other_checkouts(run), run.repo
     moved = [os.environ.get(f"XDG_{name}_HOME") for name in ("CONFIG", "CACHE", "DATA", "STATE")]
@@ -3313,17 +3209,8 @@ def machine_args(run: Run, *, writable: bool) -> list[str]:
     given = [run.start / os.path.expanduser(path) for path in run.settings.writable]
     # A folder above a mount could be moved away with it, and another put in its place, unless it is
     # a mount itself.
-    held = [
-        *ground,
-        *run.config_files,
-        *run.remotes,
-        *links,
-        *others,
-        *folders,
-        repo.top,
-        run.folder,
-    ]
-    held += [path for path in settings if path]
+    held = [*ground, *run.config_files, *run.remotes, *links, *others, *folders]
+    held += [repo.top, run.folder, *(path for path in settings if path)]
     above = {
         p for path in held for p in path.resolve().parents if not {*free}.isdisjoint(p.parents)
     }
@@ -3337,7 +3224,7 @@ def machine_args(run: Run, *, writable: bool) -> list[str]:
         *mounts("ro-bind", *(p for p in ground if not {*p.parents}.isdisjoint(others))),
         *("--tmpfs", str(run.folder.parent), "--tmpfs", str(run.tmp.parent)),
     ]
-    for seen, folder in zip(borrowed_objects(run), object_folders(run), strict=True):
+    for seen, folder in zip(borrowed_objects(run), run.private.objects, strict=True):
         args += ["--ro-bind", str(folder), str(seen)]
         if (folder / "info/alternates").exists():  # they would lead in a circle
             args += ["--ro-bind", f"{run.folder}/guard/empty/nothing", f"{seen}/info/alternates"]
@@ -3349,12 +3236,8 @@ def judge_ground(run: Run) -> list[Path]:
 
     An environment whole; of another tool's folder (~/.cargo, ~/.npm) only the programs.
     """
-    folders = {
-        Path(sys.prefix),
-        Path(sys.base_prefix),
-        user_base() / "lib",
-        Path(__file__).resolve(),
-    }
+    folders = {Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve()}
+    folders.add(user_base() / "lib")
     folders |= {run.environment} if run.environment else set()
     for words in (*run.commands, ["python3"], ["git"], ["bwrap"]):
         program = find_program(run, words[0])
@@ -3383,10 +3266,8 @@ def cover_stores(run: Run) -> list[str]:
     paths += [Path(p) for p in run.settings.holdout]
     for path in (*(home_folder() / name for name in STORES), *map(in_home, STORES), *paths):
         if path.exists():
-            hide = (
-                ["--tmpfs"] if path.is_dir() else ["--ro-bind", f"{run.folder}/guard/empty/nothing"]
-            )
-            args += [*hide, str(path.resolve())]
+            hide = [] if path.is_dir() else [f"{run.folder}/guard/empty/nothing"]
+            args += ["--ro-bind" if hide else "--tmpfs", *hide, str(path.resolve())]
     if agent and "SSH_AUTH_SOCK" in run.settings.keep_env:
         args += ["--bind", agent, agent]
     return args
@@ -3455,7 +3336,7 @@ def take_snapshot(run: Run) -> Snapshot:
         f"{e[3:]}\t{e[:2]}{file_state(repo.top / e[3:])}" for e in lines
     )
     if run.environment and not run.bwrap:
-        found = run.environment.glob("lib/python*/site-packages/*")
+        found = run.environment.glob(f"{SITES}/*")
         state["your environment"] = "\0".join(f"{path.name}\t{file_state(path)}" for path in found)
     return state
 
@@ -3556,7 +3437,7 @@ def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
 
 def known_commits(run: Run) -> dict[str, str]:
     """Commits that runs here made a ref for; with each, where its user stood."""
-    notes = run.records.glob("*/commits") if run.records.is_dir() else ()
+    notes = run.records.glob("*/commits")
     lines = [line.partition(" ") for note in notes for line in note.read_text("utf-8").splitlines()]
     return {commit: start for commit, _, start in lines}
 
@@ -3581,8 +3462,7 @@ class Clone:
         self.tmp.mkdir(exist_ok=True)
         self.lent: list[str] = []
 
-    def lend(self, run: Run, *, environments: bool) -> None:
-        """Put in place, or take away, what is lent."""
+    def lend(self, run: Run, environments: bool) -> None:
         for path in run.lent:
             source, target = run.repo.top / path, self.path / path
             if source.is_dir() and not environments:
@@ -3656,7 +3536,6 @@ def quoted(text: Any) -> str:
 
 
 def fill_submodules(run: Run, target: Path, source: Path, git_dir: Path, commit: str) -> None:
-    """Check out the submodules that the user's checkout has, from its objects."""
     listing = run.private(f"--git-dir={git_dir}", "ls-tree", "-rz", commit)
     for oid, path in re.findall(r"(?<![^\0])160000 commit (\w+)\t([^\0]+)", listing):
         if (source / path / ".git").exists() and not follows_link(target / path):
@@ -3680,7 +3559,7 @@ def layer_environment(user: Path, own: Path) -> None:
             target.chmod(0o755)
         else:
             target.symlink_to(os.path.realpath(entry))
-    for site in user.glob("lib/python*/site-packages"):
+    for site in user.glob(SITES):
         inside = own / site.relative_to(user)
         inside.mkdir(parents=True)
         (inside / "of_the_user.pth").write_text(f"import site; site.addsitedir({str(site)!r})\n")
@@ -3733,7 +3612,6 @@ def follows_link(path: Path) -> bool:
 
 
 def is_intact(clone: Clone) -> bool:
-    """Is the folder still the one that we made?"""
     with contextlib.suppress(OSError):
         return clone.path.lstat().st_ino == clone.inode and not follows_link(clone.path)
     return False
@@ -3744,12 +3622,8 @@ def own_folder(path: Path) -> Path | None:
     with contextlib.suppress(OSError):
         for folder in (path.parent, path):  # a home that is not there is not made
             folder.mkdir(mode=0o700, exist_ok=True)
-        if (
-            path.lstat().st_uid == os.getuid()
-            and not path.is_symlink()
-            and os.access(path, os.W_OK)
-        ):
-            return path.resolve()
+        is_ours = path.lstat().st_uid == os.getuid() and not path.is_symlink()
+        return path.resolve() if is_ours and os.access(path, os.W_OK) else None
     return None
 
 
@@ -3773,7 +3647,7 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Any:
     """Hold a folder while the answer is open; None when another living run holds it."""
     import fcntl
 
-    end = time.monotonic() + 30 * wait  # seconds; whoever holds it longer than that is no run
+    end = time.monotonic() + 30  # seconds; whoever holds it longer than that is no run
     while True:
         try:
             handle = open(folder / "lock", "a")  # noqa: SIM115
@@ -3782,10 +3656,10 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Any:
         except FileNotFoundError:  # a run that ends removes its own
             return None
         except BlockingIOError:
-            if time.monotonic() > end:
-                if wait:
-                    raise Refusal(f"{folder}/lock is held by another process; end that.") from None
+            if not wait:
                 return None
+            if time.monotonic() > end:
+                raise Refusal(f"{folder}/lock is held by another process; end that.") from None
             time.sleep(0.01)
 
 
@@ -3809,7 +3683,7 @@ def user_base() -> Path:
 
 
 class Run:
-    given: dict[str, Any]  # the options, as they were given
+    given: Told  # the options, as they were given
     began: int  # nanoseconds, as file times are
     lasting: Mapping[str, Any] = {}  # those of pyproject.toml
     folder: Path  # the run's own, in the user's cache
@@ -3911,6 +3785,14 @@ class Run:
         return cache_root(self.repo.top) / "records" / name
 
     @property
+    def base_tree(self) -> str:
+        return self.private.tree_of(self.base)
+
+    @property
+    def known(self) -> tuple[Check, ...]:
+        return self.baseline.checks if self.baseline else ()
+
+    @property
     def name(self) -> str:
         return self.record.name if self.record else self.folder.name
 
@@ -3942,7 +3824,6 @@ class Run:
         return {file for file, inner in names if f"{Path(file).stem}." in inner}
 
     def open_record(self) -> None:
-        """Make the folder that outlives the run."""
         record = self.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.slug}"
         while not self.record:
             try:
@@ -3974,7 +3855,7 @@ class Run:
             self.lock.close()
 
 
-def dead_runs(run: Run) -> Iterator[tuple[dict[str, Any], Path]]:
+def dead_runs(run: Run) -> Iterator[tuple[Told, Path]]:
     """What killed runs of this repository have left: what each has noted, and its folder."""
     root = cache_root(run.repo.top)
     with lock_folder(root, wait=True):  # none is being made meanwhile
@@ -4010,8 +3891,6 @@ def killed_runs(run: Run) -> Iterator[str]:
 
 
 class Repo(NamedTuple):
-    """The user's repository as the run found it."""
-
     top: Path
     prefix: str = ""  # the folder the user stood in
     git_dir: Path | None = None  # None outside Git
@@ -4088,8 +3967,15 @@ class Git:
         self.env = env | GIT_ENV | config_env(self.config | SAFE_CONFIG) | more
 
     def __call__(
-        self, *args: str, clone: Any = None, index: Any = None, check: bool = True, **how: Any
+        self,
+        *args: str,
+        clone: Any = None,
+        index: Any = None,
+        check: bool = True,
+        paths: Iterable[str] = (),
+        **how: Any,
     ) -> str:
+        how = {"stdin": os.fsencode("\0".join(paths)), **how}
         where, env = [*self.where], self.env
         if clone:
             index = clone.index_file
@@ -4106,39 +3992,17 @@ class Git:
     def commit(self, tree: str, parent: str | None, message: str, *, sign: bool = False) -> str:
         """Make a commit; signed where that is configured and works without asking."""
         words = ("commit-tree", tree, *(("-p", parent) if parent else ()))
-        if sign and re.match(
-            "(true|1|yes|on)$", self.config.get("commit.gpgsign", ""), re.IGNORECASE
-        ):
+        if sign and self.config.get("commit.gpgsign", "").lower() in ("true", "1", "yes", "on"):
             try:
                 return self(*words, "-S", stdin=message.encode(), limit=10).strip()
             except GitError as error:
                 self.unsigned = str(error)
         return self(*words, stdin=message.encode()).strip()
 
-    def cannot_sign(self, commit: str) -> str:
-        if self.config.get("commit.gpgsign"):
-            self.commit(f"{commit}^{{tree}}", commit, "Try to sign\n", sign=True)
-        return self.unsigned
-
     def tree_of(self, commit: str) -> str:
         if commit not in self.trees:
             self.trees[commit] = self("rev-parse", f"{commit}^{{tree}}").strip()
         return self.trees[commit]
-
-    def blobs(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of blobs, all asked for at once; those that are not there are left out."""
-        asked = list(dict.fromkeys(names))
-        told = os.fsencode(
-            self("cat-file", "--batch", stdin="".join(f"{n}\n" for n in asked).encode())
-        )
-        found, at = {}, 0
-        for name in asked:
-            start = told.index(b"\n", at) + 1
-            size = told[at:start].split()[-1]
-            at = start + int(size) + 1 if size.isdigit() else start
-            if size.isdigit():
-                found[name] = told[start : at - 1]
-        return found
 
     def file(self, name: str) -> bytes | None:
         """The bytes of a blob, also as COMMIT:PATH; None where there is none."""
@@ -4205,7 +4069,6 @@ def find_repo(start: Path) -> Repo:
 
 
 def read_config(run: Run) -> None:
-    """What the user's Git configuration says, and the files that say it."""
     repo, common = run.repo, run.repo.common_dir or run.repo.top
     ask = Git("-C", str(repo.top), GIT_CONFIG_COUNT="0")
     told = ask("config", "--list", "--show-origin", "-z").split("\0")
@@ -4228,7 +4091,6 @@ def read_config(run: Run) -> None:
 
 
 def find_identity(config: dict[str, str]) -> dict[str, str]:
-    """The user's identity; a guessed one does not count."""
     found = {}
     for name in IDENTITY:
         _, role, part = name.lower().split("_")
@@ -4238,11 +4100,6 @@ def find_identity(config: dict[str, str]) -> dict[str, str]:
         mend = "git config user.name 'Your Name' && git config user.email you@example.com"
         raise Refusal(f"Git does not know who you are; run: {mend}")
     return found
-
-
-def object_folders(run: Run) -> list[Path]:
-    """What a clone borrows from: the run's own objects, the user's, and their alternates."""
-    return run.private.objects
 
 
 def borrowed_objects(run: Run) -> list[Path]:
@@ -4284,7 +4141,7 @@ PROBLEMS = {  # of a request, by its status
 
 def issue_address(run: Run, name: str) -> str:
     """The address of an issue, which may be named by its number in this repository's forge."""
-    web = web_address(find_remotes(run)[2])
+    web = find_remotes(run)[3]
     if not name.isdigit():
         return name
     if not web:
@@ -4295,13 +4152,12 @@ def issue_address(run: Run, name: str) -> str:
 
 
 def fetch_issue(run: Run, address: str) -> Issue:
-    """An issue with its comments, through the forge's tool, or else its API."""
     from urllib.parse import quote
 
     match = re.fullmatch(r"(https?://([^/@]+))/([^?#]+?)(/-)?/issues/(\d+)/?([?#].*)?", address)
     if not match:
         raise Refusal(f"{address} is no issue's address (…/issues/12); give that, or a file.")
-    server, host, repo = match[1], match[2], match[3]
+    server, host, repo = match.group(1, 2, 3)
     gitlab = match[4] or "gitlab" in host or (run.repo.top / ".gitlab-ci.yml").exists()
     kind = "github" if "github" in host else "gitlab" if gitlab else "forgejo"
     api = "https://api.github.com" if host == "github.com" else f"{server}/api/v3"
@@ -4336,8 +4192,7 @@ def token_for(run: Run, kind: str, server: str) -> str:
     return next(tokens, "") if is_own and is_safe else ""
 
 
-def issue_of(data: dict[str, Any], address: str, number: str) -> Issue:
-    """An issue made of what a forge or its tool tells."""
+def issue_of(data: Told, address: str, number: str) -> Issue:
     title = one_line(str(data.get("title") or f"Issue {number}"), 120)
     parts = [f"# {title}", f"(Opened by {author_of(data)}: {address})"]
     parts.append(str(data.get("body") or data.get("description") or ""))
@@ -4350,14 +4205,14 @@ def issue_of(data: dict[str, Any], address: str, number: str) -> Issue:
     return issue._replace(title=title, slug=slug_of(f"{number}-{title}"), reference=address)
 
 
-def author_of(data: dict[str, Any]) -> str:
+def author_of(data: Told) -> str:
     told = data.get("author") or data.get("user") or "somebody"
     if isinstance(told, dict):
         told = told.get("login") or told.get("username") or "somebody"
     return one_line(str(told), 60)
 
 
-def ask_tool(argv: list[str], host: str) -> dict[str, Any]:
+def ask_tool(argv: list[str], host: str) -> Told:
     """What a forge's tool tells of an issue; nothing where it is not there, or knows another."""
     if not shutil.which(argv[0]):
         return {}
@@ -4369,7 +4224,7 @@ def ask_tool(argv: list[str], host: str) -> dict[str, Any]:
     return {}
 
 
-def ask_forge(url: str, token: str, name: str) -> dict[str, Any]:
+def ask_forge(url: str, token: str, name: str) -> Told:
     """One request to a forge's API: the object that it answers with, or its list as `items`."""
     from http.client import HTTPException
     from urllib import error, request
@@ -4415,8 +4270,8 @@ def web_address(address: str) -> str:
     return f"{start}/{match[4].strip('/').removesuffix('.git')}"
 
 
-def find_remotes(run: Run) -> tuple[str, str, str]:
-    """The remote to push to, the one to propose to, and the address of the latter."""
+def find_remotes(run: Run) -> tuple[str, str, str, str]:
+    """The remotes to push and to propose to, and their web addresses."""
     config, here = run.repo.config, (run.repo.head_ref or "").removeprefix("refs/heads/")
     urls = {k[7:-4]: v for k, v in config.items() if re.match(r"remote\..*\.url$", k)}
     tracked = config.get(f"branch.{here}.remote", "")
@@ -4425,8 +4280,8 @@ def find_remotes(run: Run) -> tuple[str, str, str]:
     into = next((name for name in ("upstream", tracked) if name in urls), remote)
     pushed, web = (web_address(urls.get(name, "")) for name in (remote, into))
     if pushed.split("/")[:3] != web.split("/")[:3]:  # a fork lies on the same host
-        into = remote
-    return remote, into, urls.get(into, "")
+        into, web = remote, pushed
+    return remote, into, pushed, web
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -4461,10 +4316,10 @@ def call(
 
 
 @contextlib.contextmanager
-def beside(stop: threading.Event, work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+def beside(run: Run, work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
     """Do some work in a thread while the body runs; yields a function that waits for its result.
 
-    `stop` ends the processes of both when the body is left by an exception.
+    `run.stop` ends the processes of both when the body is left by an exception.
     """
     result: Any = None
     done = threading.Event()  # not `join`: up to Python 3.12 one that a signal interrupts is left
@@ -4488,17 +4343,17 @@ def beside(stop: threading.Event, work: Callable[[], Any]) -> Iterator[Callable[
         yield wait
         done.wait()
     except BaseException:
-        stop.set()
+        run.stop.set()
         done.wait()
         raise
 
 
-def side_by_side(run: Run, **questions: Callable[[], Any]) -> dict[str, Any]:
+def side_by_side(run: Run, **questions: Callable[[], Any]) -> Told:
     """Answer some questions beside each other, as far as there are processors."""
     if not questions:
         return {}
     name, ask = questions.popitem()
-    with beside(run.stop, ask) as answer:
+    with beside(run, ask) as answer:
         return side_by_side(run, **questions) | {name: answer()}
 
 
@@ -4621,11 +4476,11 @@ def one_line(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
-def head_and_tail(text: str, count: int) -> str:
-    """At most so many lines of the text, with the number of those left out between its halves."""
-    lines, half = text.rstrip("\n").split("\n"), count // 2
-    if len(lines) > count:
-        lines[half:-half] = [f"[… {len(lines) - 2 * half} lines left out …]"]
+def head_and_tail(text: str) -> str:
+    """At most 60 lines of the text, with the number of those left out between its halves."""
+    lines = text.rstrip("\n").split("\n")
+    if len(lines) > 60:
+        lines[30:-30] = [f"[… {len(lines) - 60} lines left out …]"]
     return "\n".join(lines)
 
 
@@ -4668,7 +4523,7 @@ class Console:
             text = text.replace(secret, "[withheld]")
         return text
 
-    def say(self, text: str = "", *, bold: bool = False) -> None:
+    def say(self, text: str, *, bold: bool = False) -> None:
         """Print lines, wrapped on a terminal, each piece with its line's prefix."""
         text = self.mask(text)
         if self.live:
@@ -4714,11 +4569,6 @@ class Console:
             if status != self.status:
                 self.write("", status)
 
-    def theirs(self, who: str, text: str) -> None:
-        """A line of the agent's or the gate's own: prefixed, so that it cannot pass for ours."""
-        for line in plain(text).split("\n"):
-            self.say(f"  {who} │ {line}")
-
     def tell_runner(self, command: str = "", *, more: bool = True) -> None:
         """Give a forge's runner a command. Between two of ours it obeys none."""
         if self.in_runner:
@@ -4736,7 +4586,7 @@ class Console:
 PART = "AGENT_RUNNER_PART"  # in the environment of a run that is one of several
 
 
-def run_several(run: Run) -> dict[str, Any]:
+def run_several(run: Run) -> Told:
     """Run each issue, `--jobs` at once: one document with the report of each."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -4773,7 +4623,7 @@ def run_several(run: Run) -> dict[str, Any]:
 
 def run_one(
     run: Run, issue: str, text: bytes | None, label: str, children: dict[Any, bool]
-) -> dict[str, Any]:
+) -> Told:
     """One run in a process of its own, its lines shown behind its name; its report."""
     name = issue if text is None else "-"
     words = command_words(run, "issue-to-pr", issue=name, json=True, switch=False)
@@ -4802,24 +4652,24 @@ def compare_proposals(run: Run, branches: list[str]) -> list[tuple[str, str, lis
     """Each pair of branches, and the files in which they conflict; None where Git cannot tell."""
     from itertools import combinations
 
-    found = []
-    words = ("merge-tree", "-z", "--write-tree", "--name-only", "--no-messages")
-    for one, two in combinations(branches, 2):
-        argv = ["git", *run.git.where, *words, one, two]
-        status, out, _ = call(argv, env=run.git.env)  # 1: conflicts; Git before 2.38: 129
+    found, words = [], ("merge-tree", "-z", "--write-tree", "--name-only", "--no-messages")
+    for pair in combinations(branches, 2):
+        status, out, _ = call(
+            ["git", *run.git.where, *words, *pair], env=run.git.env
+        )  # 1: conflicts; Git before 2.38: 129
         files = zsplit(os.fsdecode(out))[1:] if status in (0, 1) else None
-        found.append((one, two, files))
+        found.append((*pair, files))
     return found
 
 
-def several_lines(reports: list[dict[str, Any]], pairs: Iterable[Any]) -> list[str]:
-    lines, widths = ["", "Together:"], [max(len(str(r["issue"])) for r in reports)]
+def several_lines(reports: list[Told], pairs: Iterable[Any]) -> list[str]:
+    lines, width = ["", "Together:"], max(len(r["issue"]) for r in reports)
     for report in reports:
         count = len(report.get("files") or ())
         files = f"{count} file{'s' * (count != 1)}" if report["branch"] else report["message"]
         what = report["outcome"] or f"exit {report['exit_code']}"
         where = f"{report['branch']}  " if report["branch"] else ""
-        lines.append(f"  {report['issue']:{widths[0]}}  {what:12}  {where}{one_line(files, 160)}")
+        lines.append(f"  {report['issue']:{width}}  {what:12}  {where}{one_line(files, 160)}")
     for one, two, files in pairs:
         text = "merge cleanly together"
         if files:
@@ -4917,7 +4767,6 @@ try 'open a pull request' gh pr create --fill
 
 
 def simulated_agent(run: Run) -> list[str]:
-    """The command line of a simulated agent: a shell script."""
     variant, texts = str(run.settings.simulate), {DEMO_FILE: DEMO, DEMO_TESTS: DEMO_TEST}
     if variant == "cheat" and run.is_repair:
         texts = {DEMO_TESTS: DEMO_TEST.replace("180, 0", "190, 100")}
@@ -5027,13 +4876,13 @@ def positive(text: str) -> int:
 
 def build_parser() -> Parser:
     """Two commands that share their options; none has a default, so the given ones are known."""
-    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    style: Told = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     style |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     about = str(__doc__).partition("Read the section")[0]
     parser = Parser(prog="agent_runner.py", description=about, epilog=STATUSES, **style)
     parser.add_argument("--version", action="version", version=f"agent_runner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    kinds: dict[str, dict[str, Any]] = {"N": {"type": positive}, "D": {"type": seconds}, "REF": {}}
+    kinds: dict[str, Told] = {"N": {"type": positive}, "D": {"type": seconds}, "REF": {}}
     kinds |= {"FILE|-": {}, "TEXT|FILE|-": {}, "WHEN": {"choices": ["auto", "off", "require"]}}
     kinds["RUN"] = {"nargs": "?", "const": "", "dest": "continued"}
     for name, variants in VARIANTS.items():
@@ -5047,7 +4896,7 @@ def build_parser() -> Parser:
             told = "a Markdown file, - for stdin, a number, or an address"
             command.add_argument("issue", metavar="ISSUE", nargs="*", help=told)
         for option, kind, text in options_of(name):
-            how = {"metavar": kind} | kinds.get(kind, {"action": "append"})
+            how: Told = {"metavar": kind} | kinds.get(kind, {"action": "append"})
             if not kind:
                 how = {"action": "store_true"}
             if option.startswith("--no-"):
@@ -5085,12 +4934,12 @@ LASTING = "[tool.agent-runner]"
 MOMENTARY = ("--simulate", "--base", "--continue", "--note", "--log", "--dry-run", "--json")
 
 
-def read_settings(run: Run) -> dict[str, Any]:
+def read_settings(run: Run) -> Told:
     """The settings that last, from `[tool.agent-runner]` of pyproject.toml as the base has it.
 
     The base's, so that a change to them is judged by the old ones. The command line wins.
     """
-    for name in {os.path.join(run.repo.prefix, "pyproject.toml"): 0, "pyproject.toml": 0}:
+    for name in (os.path.join(run.repo.prefix, "pyproject.toml"), "pyproject.toml"):
         data = run.git.file(f"{run.base}:{name}") if run.base else None
         if not run.repo.common_dir:  # the folder is the base
             data = os.fsencode(read_text(run.start / name))
@@ -5103,7 +4952,7 @@ def read_settings(run: Run) -> dict[str, Any]:
     return {}
 
 
-def parse_settings(run: Run, name: str, data: bytes) -> dict[str, Any]:
+def parse_settings(run: Run, name: str, data: bytes) -> Told:
     command = run.settings.command
     try:
         table = read_toml(data).get("tool", {}).get("agent-runner", {})
@@ -5126,7 +4975,6 @@ def parse_settings(run: Run, name: str, data: bytes) -> dict[str, Any]:
 
 
 def option_names(command: str) -> set[str]:
-    """The options of a command, as its settings are called."""
     return {told[0].removeprefix("--no-").removeprefix("--") for told in options_of(command)}
 
 
@@ -5274,7 +5122,6 @@ def read_folder(run: Run) -> None:
 
 
 def read_inputs(run: Run) -> None:
-    """The issue, the run to go on from, the log, the note."""
     settings = run.settings
     if [*settings.issue, settings.log, settings.note].count("-") > 1:
         raise Refusal("standard input can be read once; give a file in place of one of the '-'.")
@@ -5306,7 +5153,7 @@ def apply_settings(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """All that is checked before the agent starts; nothing is touched if it refuses."""
-    settings, common_dir = run.settings, run.repo.common_dir
+    common_dir = run.repo.common_dir
     identity = dict.fromkeys(IDENTITY, "agent_runner")
     if common_dir:
         read_config(run)
@@ -5332,10 +5179,11 @@ def prepare(run: Run) -> None:
     check_gate(run)
     run.lent, run.git_guard = find_lent(run), write_guard(run)
     run.instructions = find_instructions(run)
-    if reason := run.private.cannot_sign(run.base):
+    run.private.commit(f"{run.base}^{{tree}}", run.base, "Try to sign\n", sign=True)
+    if reason := run.private.unsigned:
         remedy = "unlock the key, or run: git config commit.gpgSign false"
         raise Refusal(f"commits are to be signed and cannot be ({reason}); {remedy}")
-    if settings.simulate and run.is_repair and not run.earlier:
+    if run.settings.simulate and run.is_repair and not run.earlier:
         run.base = plant_red_build(run)
 
 
@@ -5359,9 +5207,7 @@ def announce(run: Run, environment: str) -> None:
         notes.append(f"not refused by the kernel: {run.no_kernel}")
         notes.append("your other files are safe only from an agent that does not look for them")
     if run.issue and run.issue.hidden:
-        notes.append(
-            f"{run.issue.hidden} hidden comments or characters were taken out of the issue"
-        )
+        notes.append(f"{run.issue.hidden} hidden comments or characters were taken out of it")
     lines += [f"running in {repo.prefix}, where the gate runs too"] if repo.prefix else []
     lines += [f"environment: {environment}"] if environment else []
     lasting = [name.replace("_", "-") for name in run.lasting if name not in run.given]
@@ -5408,7 +5254,7 @@ def stop(run: Run, error: BaseException) -> Ending:
 
     run.signals.shielded = True
     run.stop.set()
-    outcome, text, status = "refused", str(error), OUTCOMES["refused"]
+    outcome, text, status = "refused", str(error), -1
     if isinstance(error, Interrupted):
         outcome, text, status = "interrupted", "ended by a signal", 128 + error.args[0]
     elif isinstance(error, OSError):
@@ -5436,9 +5282,8 @@ class Signals:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit status is the outcome's."""
     words, signals = list(sys.argv[1:] if argv is None else argv), Signals()
-    several: dict[str, Any] | None = None
+    several: Told | None = None
     if not words:
         build_parser().print_help()
         return OUTCOMES["refused"]
@@ -5471,15 +5316,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(report["exit_code"])
 
 
-def settings_of(given: dict[str, Any]) -> Settings:
-    values: dict[str, Any] = {"attempts": 2} if given["command"] == "self-heal" else {}
+def settings_of(given: Told) -> Settings:
+    values: Told = {"attempts": 2} if given["command"] == "self-heal" else {}
     values |= {"agent_timeout": 10.0} if given.get("simulate") == "hang" else {}
     values |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return Settings(**values)
 
 
-def report_fault(run: Run) -> dict[str, Any]:
-    """Tell a fault in this program, and where its traceback is."""
+def report_fault(run: Run) -> Told:
     import traceback
 
     run.keep_folder = bool(run.turns)
@@ -5487,7 +5331,7 @@ def report_fault(run: Run) -> dict[str, Any]:
     os.write(handle, traceback.format_exc().encode("utf-8", "replace"))
     text = f"a fault in the program itself; its traceback is in {place}"
     told = build_report(run, Ending("", text, exit_code=FAULT), [])
-    report: dict[str, Any] = well_formed(told, run.console.mask)
+    report: Told = well_formed(told, run.console.mask)
     run.note("report.json", json.dumps(report, indent=2) + "\n")
     run.console.say(f"\nFAULT (exit {FAULT}): {text}")
     return report
