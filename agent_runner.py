@@ -47,6 +47,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -511,9 +512,9 @@ def earlier_verdict(run: Run) -> Verdict | None:
     judged = [attempt for attempt in told.get("attempts", ()) if attempt["gate"]]
     if not run.earlier or not judged:
         return None
-    checks = []
-    for row in judged[-1]["gate"]:
-        log = f"gate-{judged[-1]['number']}-{slug_of(row['name'])}.log"
+    checks, rows = [], judged[-1]["gate"]
+    logs = log_names(judged[-1]["number"], [row["name"] for row in rows])
+    for row, log in zip(rows, logs, strict=True):
         how = {key: row[key] for key in Check._fields[:5]}
         checks.append(Check(**how, output=read_text(run.earlier.record / log)))
     findings = tuple(Finding(**finding) for finding in told["findings"])
@@ -783,7 +784,7 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
     private, back, found = run.private, [], []
     for path, entry in entries_of(private, whole, base).items():
         judges = run.is_repair and not entry.startswith("0 ") and is_judges(run, path)
-        if (judges or is_supervisors(path)) and not is_allowed(run, path):
+        if (judges or is_supervisors(run, path)) and not is_allowed(run, path):
             new = private.file(f"{whole}:{path}") if judges and path.endswith(MERGED) else None
             if new is not None:  # what the code needs of it stays
                 old = private.file(f"{base}:{path}") or b""
@@ -794,7 +795,7 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
     tree = build_tree(private, whole, back)
     for path, entry in sorted(entries_of(private, whole, tree).items()):
         what = "was left out" if entry.startswith("0 ") else "was put back"
-        judges = run.is_repair and not is_supervisors(path)
+        judges = run.is_repair and not is_supervisors(run, path)
         why = "judges the repair" if judges else "steers tools or agents"
         if path.endswith("pyproject.toml") and not run.is_repair:
             what = f"its {LASTING} {what}"
@@ -826,8 +827,8 @@ def lasting_of(data: bytes) -> Any:
         return own_tables(data) or None
 
 
-def is_supervisors(path: str) -> bool:
-    return bool(SUPERVISORS.search(path)) or path == os.environ.get("AGENT_CONFIG")
+def is_supervisors(run: Run, path: str) -> bool:
+    return bool(SUPERVISORS.search(path)) or path in (run.instructions or ())[:1]
 
 
 def is_allowed(run: Run, path: str) -> bool:
@@ -835,7 +836,7 @@ def is_allowed(run: Run, path: str) -> bool:
     from fnmatch import fnmatchcase
 
     patterns = [pattern.removeprefix("./").rstrip("/") for pattern in run.settings.allow]
-    return any(fnmatchcase(path, p) or path.startswith(f"{p}/") for p in patterns)
+    return any(fnmatchcase(path, p) or f"{path}/".startswith(f"{p}/") for p in patterns)
 
 
 def is_setting(run: Run, path: str) -> bool:
@@ -1084,8 +1085,13 @@ def clean_checkout(run: Run, commit: str) -> Iterator[tuple[Clone, Check]]:
             run.removing[-1].start()
 
 
-def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check, ...]:
+def run_gate(
+    run: Run, commit: str, commands: Sequence[str] = (), *, is_judged: bool = False
+) -> tuple[Check, ...]:
+    """Run the gate, or some of its commands, in a clean checkout; where it is the verdict's own
+    run on a change, what the commands leave there is looked at, too."""
     judged, doubtful, rewritten = list[Check](), set[int](), ""
+    is_judged = is_judged and commit != run.base
     words = ("diff-files", "-p", "--binary", "--no-ext-diff", "--ignore-submodules")
     with clean_checkout(run, commit) as (clone, ready):
         if not ready.passed:
@@ -1095,9 +1101,9 @@ def run_gate(run: Run, commit: str, commands: Sequence[str] = ()) -> tuple[Check
                 run.private("checkout-index", "-f", "-a", clone=clone, check=False)
                 doubtful |= {number} if left_in(run, clone) else set()
             judged.append(run_check(run, clone, command))
-            if commit != run.base:
+            if is_judged:
                 rewritten = run.private(*words, clone=clone, check=False) or rewritten
-        if commit != run.base:
+        if is_judged:
             run.rewritten = rewritten  # by a formatter, say: its correction is kept as a patch
             run.planted = [path for path in left_in(run, clone) if is_setting(run, path)]
     if commit != run.base:
@@ -1122,7 +1128,7 @@ def ask_afresh(run: Run, commit: str, check: Check) -> Check:
     alone = run_alone(run, run.private.tree_of(commit), check.command) if check.passed else check
     if alone.passed == check.passed:
         return check
-    known = [c.passed for c in run.known if c.name == check.name]
+    known = [c.passed for c in run.known if c.command == check.command]
     if all(known) and not run_alone(run, run.base_tree, check.command).passed:
         return check
     reason = f"{alone.reason}, where no other command was run before it"
@@ -1265,12 +1271,19 @@ def judge_tree(
 
     Tests in `edited` files are not held against it for being gone or skipped.
     """
-    one = [weigh(run, commit, check, edited) for check in first or run_gate(run, commit)]
+    one = [
+        weigh(run, commit, check, edited)
+        for check in first or run_gate(run, commit, is_judged=True)
+    ]
     notes, checks = [note for _, _, told in one for note in told], [check for check, _, _ in one]
     if not all(check.passed for check in checks) and not run.stop.is_set():
-        two = [weigh(run, commit, check, edited) for check in run_gate(run, commit)]
-        pairs, checks = zip(one, two, strict=False), []
-        for (before, against, _), (check, again, _) in pairs:
+        two = [weigh(run, commit, check, edited) for check in run_gate(run, commit, is_judged=True)]
+        if len(one) != len(two) or "setup" in (one[0][0].fault, two[0][0].fault):
+            # A setup that failed once says nothing of the commands: what was asked, counts.
+            checks = [check for check, _, _ in (two if one[0][0].fault == "setup" else one)]
+            return Verdict(run.private.tree_of(commit), tuple(checks), notes=tuple(notes))
+        checks = []
+        for (before, against, _), (check, again, _) in zip(one, two, strict=True):
             flaky = sorted(against.keys() ^ again.keys())
             if before.passed != check.passed and not flaky:
                 flaky = [check.command]
@@ -1429,7 +1442,7 @@ def cannot_judge(run: Run, baseline: Verdict | None) -> str:
     for check in baseline.checks if baseline else ():
         told = f"{check.command or check.name}: {check.reason}"
         what = f"the gate cannot judge the base ({told})"
-        if check.passed or check.fault == "tests":
+        if check.passed or check.fault == "tests" or check.name == "holdout":
             continue
         if check.fault == "missing":
             return f"{what}. {how_to_get(run, check.name)}"
@@ -1531,12 +1544,22 @@ def judge_change(run: Run, change: Change) -> Verdict:
         verdict = ask_three_questions(run, change)
         for check in verdict.checks:
             run.console.say(f"  {'✓' if check.passed else '✗'} {check_text(check)}")
-            run.note(f"gate-{len(run.turns)}-{slug_of(check.name)}.log", check.output)
+        names = log_names(len(run.turns), [check.name for check in verdict.checks])
+        for name, check in zip(names, verdict.checks, strict=True):
+            run.note(name, check.output)
         for finding in verdict.rejecting:
             run.console.say(f"  ✗ {finding_text(finding)}")
         ended(f"the verdict is {'green' if verdict.is_green else 'red'}")
     run.turns[-1] = run.turns[-1]._replace(verdict=verdict)
     return verdict
+
+
+def log_names(number: int, names: Sequence[str]) -> list[str]:
+    """The files in the record with the outputs of an attempt's checks."""
+    again = [
+        f"-{names[:at].count(name) + 1}" * (name in names[:at]) for at, name in enumerate(names)
+    ]
+    return [f"gate-{number}-{slug_of(n)}{more}.log" for n, more in zip(names, again, strict=True)]
 
 
 def ask_three_questions(run: Run, change: Change) -> Verdict:
@@ -1547,6 +1570,8 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         red = tuple(check for check in red if not check.passed)
         return Verdict(change.tree, (*red, Check("change", "", False, reason)), change.left_out)
     plan = make_plan(run, change)
+    run.unasked = run.unloaded = False  # what an earlier attempt's questions have shown
+    run.decided, run.contradicted, run.planted = set(), set(), list[str]()
     answers = side_by_side(
         run,
         gate=lambda: judge_tree(run, change.commit, plan.edited),
@@ -1558,7 +1583,8 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
     verdict: Verdict = answers["gate"]
     findings = [*change.left_out, *answers["facts"]]
     findings += compare_with_base(run, change, plan, verdict, *answers["base"])
-    known = [name for name in all_functions(run.baseline) if file_of(name) in plan.edited]
+    known = [n for n, o in all_functions(run.baseline).items() if o == "passed"]
+    known = [n for n in known if file_of(n) in plan.edited and not run.unasked]
     originals = {n: answers["base"][0].get(n) or "passed" for n in known}
     proof: dict[str, Tests] = {"new_on_old": {}, "old_on_new": originals, "contradicted": {}}
     for path in run.planted:
@@ -1669,7 +1695,8 @@ def run_holdout(run: Run, tree: str, twins: bool) -> Check:
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
                 (place / path).unlink(missing_ok=True)
                 (place / path).write_bytes(data)
-        targets = [f"./{path}" for path in files if TEST_MODULE.search(path)]
+        modules = [path for path in files if TEST_MODULE.search(path) and path.endswith(".py")]
+        targets = [f"./{path}" for path in modules]
         words = [*(pytest_start(run) or ["pytest", "-q"]), "--continue-on-collection-errors"]
         words += ["--maxfail=0", *targets]
         check = run_check(run, clone, "--holdout", words=words) if ready.passed else ready
@@ -1769,7 +1796,10 @@ def unlike_base(run: Run, tree: str) -> Told:
                 check = run_alone(run, tree, known.command, words)
                 run.unasked |= check.fault == "setup"
                 run.unloaded |= check.fault == "usage"
-                now = by_function(check.tests) if check.fault != "setup" else wanted
+                if check.fault == "setup":
+                    wanted = {}
+                    break
+                now = by_function(check.tests)
                 now = {n: "passed" for n in wanted if "::" not in n} | now  # collected now
                 wanted = {n: now.get(n) for n in wanted if now.get(n) != "passed"}
         found |= wanted
@@ -1892,13 +1922,13 @@ UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what host
 
 def test_functions(source: Any) -> list[tuple[str, Any, str]]:
     """The tests of a module or syntax tree: name with its classes, node, the node's text."""
-    within = (ast.If, ast.Try, ast.With)
+    within, functions = (ast.If, ast.Try, ast.With), (ast.FunctionDef, ast.AsyncFunctionDef)
 
     def walk(body: Iterable[Any], inside: str) -> Iterator[tuple[str, Any, str]]:
         for node in body:
             if isinstance(node, ast.ClassDef):
                 yield from walk(node.body, f"{inside}{node.name}::")
-            elif getattr(node, "name", "").startswith("test"):
+            elif isinstance(node, functions) and node.name.startswith("test"):
                 yield f"{inside}{node.name}", node, ast.dump(node)
             for name in ("body", "orelse", "finalbody") if isinstance(node, within) else ():
                 yield from walk(getattr(node, name, []), inside)
@@ -2348,6 +2378,8 @@ def propose_pr(run: Run, change: Change, verdict: Verdict) -> Ending:
         branch = free_branch(run, wanted)
         run.git("branch", "--no-track", branch, change.commit)  # fails rather than move one
         switched = run.settings.switch and switch_to(run, branch)
+    if run.private.unsigned:
+        run.mentions.append(f"the commit is not signed: {run.private.unsigned}.")
     if branch != wanted:
         run.mentions.append(f"an earlier proposal is open: {wanted}.")
     where = "which is checked out now" if switched else "and HEAD stays where it is"
@@ -2437,8 +2469,8 @@ def free_branch(run: Run, name: str) -> str:
 
 def switch_to(run: Run, branch: str) -> bool:
     """Switch the user's checkout to a branch; a switch that fails half-way is taken back."""
-    repo, now = run.repo, find_repo(run.repo.top)
-    changed = zsplit(run.git("diff-tree", "-r", "-z", "--name-only", repo.head, branch))
+    repo, now, ref = run.repo, find_repo(run.repo.top), f"refs/heads/{branch}"
+    changed = zsplit(run.git("diff-tree", "-r", "-z", "--name-only", repo.head, ref, "--"))
     taken = [path for path in changed if differs(run, path, repo.head)]
     if (now.head, now.head_ref) != (repo.head, repo.head_ref):
         reason = "it moved during the run"
@@ -2503,18 +2535,27 @@ DIFF = ("diff-tree", "-p", "--binary", "--full-index")
 FORGES = {  # in the host's name -> its form, and its program's command
     "github": (
         "{web}/compare/{base}...{head}?expand=1&title={title}",
-        "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} -F {body}",
+        (
+            "gh pr create --draft --repo {repo} --head {head} --base {base} --title {title} "
+            "--body-file {body}"
+        ),
     ),
     "gitlab": (
         (
             "{pushed}/-/merge_requests/new?merge_request[source_branch]={branch}"
             "&merge_request[target_branch]={base}&merge_request[title]=Draft:%20{title}"
         ),
-        'glab mr create --draft -s {branch} -b {base} -t {title} -d "$(cat {body})"',
+        (
+            "glab mr create --draft --source-branch {branch} --target-branch {base} "
+            '--title {title} --description "$(cat {body})"'
+        ),
     ),
     "codeberg|forgejo|gitea": (
         "{web}/compare/{base}...{head}?title={title}",
-        "tea pr create --head {head} --base {base} --title 'WIP: '{title} -d \"$(cat {body})\"",
+        (
+            "tea pr create --head {head} --base {base} --title 'WIP: '{title} "
+            '--description "$(cat {body})"'
+        ),
     ),
 }
 
@@ -2549,8 +2590,11 @@ def proposal_commands(run: Run, branch: str) -> Rows:
 
 
 def next_steps(run: Run, ending: Ending) -> Rows:
+    if not run.record:
+        return []
     q, ref = shlex.quote, shlex.quote(ending.branch or run.kept or "")
-    look = ("look at it", f"git show {ref}")
+    is_path = os.path.lexists(run.repo.top / ref)  # Git would not know which is meant
+    look = ("look at it", f"git show {ref}{' --' * is_path}")
     go_on = ("go on", command_line(run, run.settings.command, "--continue", run.name))
     if ending.branch:
         drop, head_ref = f"git branch -D {ref}", run.repo.head_ref
@@ -2566,7 +2610,7 @@ def next_steps(run: Run, ending: Ending) -> Rows:
         take = f"git switch -c {q(free_branch(run, f'my-{run.slug}'))} {ref}"
         drop = f"git update-ref -d {ref}"
         return [look, go_on, ("take it over", take), ("drop it", drop)]
-    if run.record and ending.change and ending.change.files:  # outside Git
+    if ending.change and ending.change.files:  # outside Git
         patch, done = q(f"{run.record}/change.patch"), ending.outcome == "proposed"
         last = ("take it back", f"git apply -R {patch}")
         last = last if done else ("take it over", f"git apply {patch}")
@@ -2776,7 +2820,8 @@ def finish(run: Run, ending: Ending) -> Told:
     report: Told = well_formed(build_report(run, ending, steps), run.console.mask)
     if run.record:
         run.note("report.json", json.dumps(report, indent=2) + "\n")
-        prune(run)
+        with contextlib.suppress(OSError, Refusal):  # beside another run that does the same
+            prune(run)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if run.console.in_runner and summary and ending.outcome:
         with contextlib.suppress(OSError), open(summary, "a", encoding="utf-8") as page:
@@ -3170,7 +3215,7 @@ def guarded_job(run: Run, clone: Clone, words: Sequence[str], role: str, limit: 
     place.mkdir(parents=True, exist_ok=True)
     if not run.bwrap:
         for number, word in enumerate(words):  # what names something in the checkout: the clone's
-            own = clone.path / os.path.relpath(word, top)
+            own = clone.path / os.path.relpath(word or ".", top)
             if run.repo.common_dir and Path(word).is_relative_to(top) and own.exists():
                 argv[number] = str(own)
         return Job(argv, place, env, limit)
@@ -3278,8 +3323,9 @@ def cover_planted(run: Run, clone: Clone) -> list[str]:
     in HOME and in the folders above the repository. An agent may write there; it is no judge."""
     config, args = home_folder() / ".config", list[str]()
     for folder in {home_folder(), config, *config.glob("*/"), *run.repo.top.parents}:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
+        entries = [*os.scandir(folder)] if os.access(folder, os.R_OK | os.X_OK) else []
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it may be gone again
                 named = re.search(r"^\.|\.(toml|ini|cfg)$|^conftest\.py$", entry.name)
                 is_new = named and entry.stat(follow_symlinks=False).st_ctime_ns > run.began
                 if is_new and os.path.isfile(entry):
@@ -3438,7 +3484,7 @@ def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
 def known_commits(run: Run) -> dict[str, str]:
     """Commits that runs here made a ref for; with each, where its user stood."""
     notes = run.records.glob("*/commits")
-    lines = [line.partition(" ") for note in notes for line in note.read_text("utf-8").splitlines()]
+    lines = [line.partition(" ") for note in notes for line in read_text(note).splitlines()]
     return {commit: start for commit, _, start in lines}
 
 
@@ -3732,6 +3778,7 @@ class Run:
         self.removing: list[threading.Thread] = []
         self.turns: list[Turn] = []
         self.before: Snapshot = {}
+        self.files_of: tuple[Verdict | None, set[str], set[str]] = (None, set(), set())
         self.sides: dict[str, bool] = {}  # is this path the judge's?
         self.modules: set[str] = set()
         self.unloaded = False  # the base's conftest.py cannot be imported on the new code
@@ -3752,7 +3799,7 @@ class Run:
         short = own_folder(Path(tempfile.gettempdir(), f"ar-{os.getuid()}")) or self.folder
         self.tmp = short / f"t{self.folder.name}"
         self.tell_others()
-        self.tmp.mkdir()
+        self.tmp.mkdir(parents=True)  # another run's end may have removed the folder above
         self.private = private_git(self)
         for seen, place in zip(borrowed_objects(self), self.private.objects, strict=True):
             if seen != place:  # for whoever looks at the workspace of a run that was killed
@@ -3801,7 +3848,7 @@ class Run:
         git = ["refused by Git"] if self.repo.common_dir else []
         return ["withheld", *git, *(["refused by the kernel"] if self.bwrap else [])]
 
-    @property
+    @cached_property
     def gate_files(self) -> set[str]:
         """The scripts that gate commands run, and files that their options name; no targets."""
         paths, before = set[str](), ""
@@ -3815,13 +3862,20 @@ class Run:
     @property
     def tested_files(self) -> set[str]:
         """What pytest took tests from at the base, but for examples."""
-        return {file_of(name) for name in all_functions(self.baseline)} - self.example_files
+        return self.read_baseline()[1]
 
     @property
     def example_files(self) -> set[str]:
         """Code with examples that pytest ran: pkg/calc.py::pkg.calc.double."""
-        names = [n.split("::", 1) for n in all_functions(self.baseline) if ".py::" in n]
-        return {file for file, inner in names if f"{Path(file).stem}." in inner}
+        return self.read_baseline()[2]
+
+    def read_baseline(self) -> tuple[Verdict | None, set[str], set[str]]:
+        if self.files_of[0] is not self.baseline:  # asked for each path of a change
+            names = [n.split("::", 1) for n in all_functions(self.baseline) if ".py::" in n]
+            examples = {file for file, inner in names if f"{Path(file).stem}." in inner}
+            tested = {file_of(name) for name in all_functions(self.baseline)} - examples
+            self.files_of = (self.baseline, tested, examples)
+        return self.files_of
 
     def open_record(self) -> None:
         record = self.records / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.slug}"
@@ -4600,11 +4654,14 @@ def run_several(run: Run) -> Told:
     for issue in issues:
         label = "stdin" if issue == "-" else re.sub(r"\W", "_", Path(issue).stem)[-30:]
         labels.append(f"{label}_{len(labels) + 1}" if label in labels else label)
-    texts = [read_input(one, "") if one == "-" or os.path.isfile(one) else None for one in issues]
+    files = [one if one == "-" or os.path.isfile(one) else "" for one in issues]
+    texts = [read_input(one, f"the issue {one!r}") if one else None for one in files]
     tasks = zip(issues, texts, labels, strict=True)  # read now: no agent can rewrite the next one's
     with ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(run_one, run, *task, children) for task in tasks]
+        work = list[Any]()
         try:
+            for task in tasks:
+                work.append(pool.submit(run_one, run, *task, children))
             reports = [future.result() for future in work]
         except Interrupted as error:  # each keeps its work, and ends
             run.signals.shielded, status = True, 128 + error.args[0]
@@ -4637,6 +4694,8 @@ def run_one(
         how |= {"env": os.environ | {PART: issue}, "start_new_session": True}
         child = subprocess.Popen([sys.executable, __file__, *words], **how)
         children[child] = False
+        if run.stop.is_set():  # a signal came meanwhile
+            child.kill()
         for line in child.stderr or ():
             children[child] = True
             run.console.say(f"  {label} │ {plain(line.decode('utf-8', 'replace')).rstrip()}")
@@ -5091,7 +5150,7 @@ def read_holdout(run: Run) -> None:
         inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         files = {str(file.relative_to(root)): file for file in inside if file.is_file()}
         files = {p: f for p, f in files.items() if not other.search(p) and p != "__init__.py"}
-        if not any(TEST_MODULE.search(file) for file in files):
+        if not any(TEST_MODULE.search(file) and file.endswith(".py") for file in files):
             here = "holds no test module (test_*.py)" if path.exists() else "does not exist"
             raise Refusal(f"{what} {here}; give the folder of the tests, or a test's file.")
         seen = top.is_relative_to(path)

@@ -1061,3 +1061,35 @@ def test_hooks_that_no_longer_load_on_the_new_code_are_shown_first(bench: Bench)
     hides: Files = {**breaks, "conftest.py": "collect_ignore = ['test_calc.py']"}
     for bad in (breaks, hides):
         assert bench.one("issue-to-pr", bad, base=base).is_red
+
+
+def test_setup_that_fails_the_second_time_makes_no_red_command_green(bench: Bench) -> None:
+    """Code under test that knows the second round; and its twin, a setup that fails once."""
+    script = "import os, pathlib\nmark = pathlib.Path(os.environ['TMPDIR'], 'ran')\n"
+    script += "ran = mark.exists()\nmark.touch()\nassert ran == (WHEN == 'first'), 'down'"
+    words, gate = ("--setup", f"{PYTHON} -S make.py"), ("true", "pytest -q")
+    red: Files = {**WITH_TEST, "calc.py": TRIPLE.replace("* 3", "+ 3")}
+    second = {"make.py": script.replace("WHEN == 'first'", "False")}
+    assert bench.one(
+        "issue-to-pr", {**red, **second}, *words, gate=gate, base={"make.py": ""}
+    ).is_red
+    flaky = {"make.py": script.replace("ran == (WHEN == 'first')", "ran")}
+    turn = bench.one("issue-to-pr", {**WITH_TEST, **flaky}, *words, gate=gate, base={"make.py": ""})
+    assert turn.outcome == "proposed", turn.text
+
+
+def test_odd_names_end_in_no_fault(bench: Bench) -> None:
+    odd = "import sys\n\nif sys.version_info > (3, 12):\n    exec('type X = int')\n"
+    odd += "\n\ndef test_it():\n    assert 1 == 1"
+    files: Files = {"test_odd.py": odd, "agent/issue/x.py": "x = 1", "app/[id]/test_a.py": "x = 1"}
+    words = ("--allow", "app/[id]/test_a.py")
+    turn = bench.one("issue-to-pr", files, *words, gate=f"{PYTHON} -S -c 'pass' ''")
+    assert turn.outcome == "proposed", turn.text
+    kept = [f for f in turn.report["findings"] if "[id]" in f["path"] and f["severity"] == "first"]
+    assert kept == []
+    turn.repo.git("merge", "-q", turn.report["branch"])
+    again = turn.repo.run(
+        "issue-to-pr", "issue.md", "--sandbox", "off", "--gate", "true", agent="touch y"
+    )
+    (look,) = re.findall(r"look at it: +(git show .*)", again.out)
+    turn.repo.git(*shlex.split(look)[1:])
