@@ -1571,7 +1571,8 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         return Verdict(change.tree, (*red, Check("change", "", False, reason)), change.left_out)
     plan = make_plan(run, change)
     run.unasked = run.unloaded = False  # what an earlier attempt's questions have shown
-    run.decided, run.contradicted, run.planted = set(), set(), list[str]()
+    run.decided, run.contradicted, run.untouched = set(), set(), set()
+    run.planted = list[str]()
     answers = side_by_side(
         run,
         gate=lambda: judge_tree(run, change.commit, plan.edited),
@@ -1593,7 +1594,7 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         findings.append(Finding("planted", path, severity, text))
     if verdict.is_green:
         passed = {name for name, o in all_functions(verdict).items() if o == "passed"}
-        unseen = {n for n in passed if function_key(n) in run.contradicted}
+        unseen = {name for name in passed if has_twin(run, name)}
         proof["contradicted"] = dict.fromkeys(sorted(unseen), "could not run")
         proof["contradicted"] |= {n: o for n, o in answers["bite"].items() if n in passed}
         edited = {file.old_path for file in change.files}
@@ -1959,16 +1960,23 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
         wanted |= {(heir, function_key(name)[1]) for heir in inherited[function_key(name)[1]]}
     for path, names in todo.items():
         source = run.private.file(f"{change.tree}:{path}")
-        here = names & {name for name, *_ in test_functions(source)}
+        all_here = {name for name, *_ in test_functions(source)}
+        here = names & all_here
         if here and (twin := contradicted(source, here)):
             entries.append(new_entry(run.private, path, twin))
             wanted |= {function_key(f"{path}::{name}") for name in here}
+            run.untouched |= {f"{path}::{name}" for name in all_here - here}
+    run.contradicted |= wanted if pytest_start(run) else set()
     tree, files = build_tree(run.private, change.tree, entries), {file for file, _ in wanted}
-    found = {n: o for n, o in run_test_files(run, tree, files).items() if function_key(n) in wanted}
+    found = {n: o for n, o in run_test_files(run, tree, files).items() if has_twin(run, n)}
     passes = {name for name, outcome in found.items() if outcome == "passed"}
     again = run_test_files(run, tree, {file_of(name) for name in passes})
-    run.contradicted |= wanted if pytest_start(run) else set()
     return {n: again.get(n, o) if n in passes else o for n, o in found.items()}
+
+
+def has_twin(run: Run, test: str) -> bool:
+    """Was this test's function contradicted, be it inherited, and not another class's of its name?"""
+    return function_key(test) in run.contradicted and test not in run.untouched
 
 
 def find_functions(run: Run, tree: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -3784,6 +3792,7 @@ class Run:
         self.unloaded = False  # the base's conftest.py cannot be imported on the new code
         self.unasked = False  # the setup fails under the base's settings
         self.contradicted: set[tuple[str, str]] = set()  # functions that have a twin
+        self.untouched: set[str] = set()  # tests beside them that have none
         self.skipped_at: dict[str, str] = {}  # test function -> the file that skipped it
         self.holdout: dict[str, bytes] = {}  # path -> content, as it was at the start
         self.decided: set[str] = set()  # tests that settings alone turn

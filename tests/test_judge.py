@@ -1063,6 +1063,19 @@ def test_hooks_that_no_longer_load_on_the_new_code_are_shown_first(bench: Bench)
         assert bench.one("issue-to-pr", bad, base=base).is_red
 
 
+def test_twin_is_not_looked_for_in_another_class(bench: Bench) -> None:
+    """Two classes have a test of the same name; one of them is edited."""
+    two = (
+        "import calc\n\n\nclass TestA:\n    def test_it(self):\n        assert calc.double(1) == A"
+    )
+    two += "\n\n\nclass TestB:\n    def test_it(self):\n        assert calc.double(1) == 2"
+    files: Files = {"test_two.py": two.replace("A", "2.0").replace("Test2.0", "TestA"), **WITH_TEST}
+    base = {"test_two.py": two.replace("== A", "== 2")}
+    turn = bench.one("issue-to-pr", files, base=base)
+    assert turn.outcome == "proposed" and "no-bite" not in {k for k, _ in turn.found("first")}
+    assert "test_two.py::TestB::test_it" not in turn.report["proof"]["contradicted"]
+
+
 def test_setup_that_fails_the_second_time_makes_no_red_command_green(bench: Bench) -> None:
     """Code under test that knows the second round; and its twin, a setup that fails once."""
     script = "import os, pathlib\nmark = pathlib.Path(os.environ['TMPDIR'], 'ran')\n"
