@@ -1975,7 +1975,7 @@ def contradict(run: Run, change: Change, plan: Plan) -> Tests:
 
 
 def has_twin(run: Run, test: str) -> bool:
-    """Was this test's function contradicted, be it inherited, and not another class's of its name?"""
+    """Was this test contradicted, be it inherited, and not another class's of the same name?"""
     return function_key(test) in run.contradicted and test not in run.untouched
 
 
