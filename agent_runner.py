@@ -1313,11 +1313,28 @@ def weigh(
         check = check._replace(reason=f"{check.reason}; {more}")
     if check.tests is None:
         return check, {}, []
-    now, known, against = by_function(check.tests), Tests(), Tests()
-    if commit != run.base and run.baseline:
-        same = [c.tests for c in run.baseline.checks if c.command == check.command]
+    known: Tests = {}
+    if commit != run.base:
+        same = [c.tests for c in run.known if c.command == check.command]
         known = (same[0] if same else None) or {}
-    before = by_function(known)
+    now, against = by_function(check.tests), against_tests(run, commit, check.tests, known, edited)
+    red = [name for name, outcome in now.items() if outcome in BAD and name not in against]
+    notes = [f"{name} {RED_BEFORE}" for name in red[:5]]
+    if not against and (check.passed or (check.fault == "tests" and red)):
+        return check._replace(passed=True, reason="passed"), against, notes
+    if against:
+        reason = say_against(against)
+        if commit != run.base and (lacks := re.search(r"No module named '(\w+)", check.output)):
+            reason += f". If {lacks[1]} is a new dependency, install it: --setup 'pip install -e .'"
+        check = check._replace(reason=reason, fault=check.fault or "tests")
+    return check._replace(passed=False), against, notes
+
+
+def against_tests(
+    run: Run, commit: str, tests: Tests, known: Tests, edited: Collection[str]
+) -> Tests:
+    """The test functions that count against a commit, and what became of each."""
+    now, before, against = by_function(tests), by_function(known), Tests()
     for name, outcome in before.items():
         became = now.get(name)
         if "::" not in name:  # its collection failed; now its tests have names of their own
@@ -1330,7 +1347,7 @@ def weigh(
         if wanted and became != "passed" and file_of(name) not in edited:
             against[name] = BECAME[became]
     for name, outcome in known.items():  # one parameter of several, skipped by name
-        became, wanted = check.tests.get(name), outcome == "passed" or run.is_repair
+        became, wanted = tests.get(name), outcome == "passed" or run.is_repair
         hidden = became in ("skipped", "xfailed") and outcome != became
         if run.is_repair and outcome in BAD and not became and name.partition("[")[0] in now:
             hidden = True  # red at the base, and no more among its function's parameters
@@ -1341,21 +1358,15 @@ def weigh(
             against[name] = BECAME[outcome]
     if any("::" not in name and how == "cannot run" for name, how in against.items()):
         against = {n: how for n, how in against.items() if how != "is gone"}  # none was run
-    red = [name for name, outcome in now.items() if outcome in BAD and name not in against]
-    notes = [f"{name} {RED_BEFORE}" for name in red[:5]]
-    if not against and (check.passed or (check.fault == "tests" and red)):
-        return check._replace(passed=True, reason="passed"), against, notes
-    reason, fault = check.reason, check.fault
-    if against:
-        listed = "; ".join(f"{name} {became}" for name, became in list(against.items())[:10])
-        reason = f"{len(against)} test{'s' if len(against) > 1 else ''} against it: {listed}"
-        if {*against.values()} <= {"fails"}:
-            names = ", ".join(list(against)[:5])
-            reason = f"{len(against)} test{'s fail' if len(against) > 1 else ' fails'}: {names}"
-        if commit != run.base and (lacks := re.search(r"No module named '(\w+)", check.output)):
-            reason += f". If {lacks[1]} is a new dependency, install it: --setup 'pip install -e .'"
-        fault = fault or "tests"
-    return check._replace(passed=False, reason=reason, fault=fault), against, notes
+    return against
+
+
+def say_against(against: Tests) -> str:
+    names, count = list(against), len(against)
+    if {*against.values()} <= {"fails"}:
+        return f"{count} test{'s fail' if count > 1 else ' fails'}: {', '.join(names[:5])}"
+    listed = "; ".join(f"{name} {against[name]}" for name in names[:10])
+    return f"{count} test{'s' if count > 1 else ''} against it: {listed}"
 
 
 # --------------------------------------------------------------------------------------- baseline
@@ -2109,7 +2120,8 @@ def opposite(value: Any, tolerant: bool) -> Any:
     if value is None or isinstance(value, bool):
         return chance.choice((letters, 17.5)) if value is None else not value
     if isinstance(value, (str, bytes)):
-        return value + (letters.encode() if isinstance(value, bytes) else letters)  # type: ignore[operator]
+        more: Any = letters.encode() if isinstance(value, bytes) else letters
+        return value + more
     some = chance.randrange(1, 90)
     if isinstance(value, int):
         return value + (abs(value) + 1_000_003 if tolerant else 1 + abs(value) // 1000) * some
