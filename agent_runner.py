@@ -3484,6 +3484,9 @@ def is_theirs(run: Run, ref: str, old: str, new: str, head: str) -> bool:
     """Is this what a person, a fetch or another run does beside a run?"""
     if ref.startswith(("refs/remotes/", "refs/prefetch/")) or ref in run.work_trees.values():
         return True
+    kept = ref.removeprefix("refs/agent-runner/")
+    if kept != ref and not new and not (run.records / kept).exists():  # another run has pruned it
+        return True
     if ref.startswith(("refs/agent-runner/", "refs/heads/agent/")):
         return old in known_commits(run)
     if ref == "HEAD" and new.startswith("ref: refs/heads/agent/"):
