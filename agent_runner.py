@@ -80,8 +80,8 @@ class Interrupted(BaseException):
 # What the steps hand to each other. Times are seconds, paths are relative to the repository's top.
 
 Tests = dict[str, str]  # test, or test function -> passed, failed, error, skipped, xfailed
-Rows = list[tuple[str, str]]
-Told = dict[str, Any]
+Rows = list[tuple[str, str]]  # a mark or a title, and a text
+Told = dict[str, Any]  # what a report, a forge or an option says, as data
 
 
 class Settings(NamedTuple):
@@ -1611,13 +1611,14 @@ def ask_three_questions(run: Run, change: Change) -> Verdict:
         edited = {file.old_path for file in change.files}
         proof["new_on_old"] = new_on_old(run, plan, answers["proof"], passed, edited)
         findings += show_bite(run, change, plan, proof, passed)
-    if verdict.is_green and run.holdout:  # last: what these say could be left for a next attempt
-        held = ask_holdout(run, under_base_judge(run, change, plan)[1])
-        verdict = verdict._replace(checks=(*verdict.checks, *held))
     if run.settings.strict:
         raised = {"first": "rejects"}
         findings = [f._replace(severity=raised.get(f.severity, f.severity)) for f in findings]
-    return verdict._replace(findings=tuple(findings), proof=proof)
+    verdict = verdict._replace(findings=tuple(findings), proof=proof)
+    if verdict.is_green and run.holdout:  # last: what these say could be left for a next attempt
+        held = ask_holdout(run, under_base_judge(run, change, plan)[1])
+        verdict = verdict._replace(checks=(*verdict.checks, *held))
+    return verdict
 
 
 def make_plan(run: Run, change: Change) -> Plan:

@@ -276,6 +276,21 @@ def test_holdout_rejects_what_special_cases_the_visible_test(
     assert "test_hidden" not in repo.git("ls-tree", "-r", "--name-only", honest["branch"])
 
 
+def test_holdout_is_asked_last_so_that_another_rejection_leaves_an_attempt(
+    repo: Repository, agent: Any, teacher: Path, tmp_path: Path
+) -> None:
+    secret = f"again = pathlib.Path({str(tmp_path / 'again')!r})\n"
+    secret += (
+        "open('key.py', 'w').write('A = 1\\n' if again.exists() else 'K = \"hunter2-hunter2\"')"
+    )
+    command = learner(agent, RIGHT, f"import pathlib\n{secret}\nagain.touch()")
+    words = ("issue-to-pr", "issue.md", "--gate", "pytest -q", "--attempts", "2", "--json")
+    held = ("--holdout", str(teacher), "--no-switch")
+    result = repo.run(*words, *held, agent=command, env={"MY_TOKEN": "hunter2-hunter2"})
+    assert result.report["outcome"] == "proposed", result.err
+    assert len(result.report["attempts"]) == 2 and result.err.count("holdout: ") == 2
+
+
 @needs_bwrap
 def test_holdout_is_never_where_the_agent_could_read_it(
     repo: Repository, agent: Any, teacher: Path, tmp_path: Path

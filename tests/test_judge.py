@@ -1092,8 +1092,8 @@ def test_setup_that_fails_the_second_time_makes_no_red_command_green(bench: Benc
 
 
 def test_odd_names_end_in_no_fault(bench: Bench) -> None:
-    odd = "import sys\n\nif sys.version_info > (3, 12):\n    exec('type X = int')\n"
-    odd += "\n\ndef test_it():\n    assert 1 == 1"
+    odd = "type test_alias = int\n\n\n" if sys.version_info >= (3, 12) else ""
+    odd += "def test_it():\n    assert 1 == 1"
     files: Files = {"test_odd.py": odd, "agent/issue/x.py": "x = 1", "app/[id]/test_a.py": "x = 1"}
     words = ("--allow", "app/[id]/test_a.py")
     turn = bench.one("issue-to-pr", files, *words, gate=f"{PYTHON} -S -c 'pass' ''")
@@ -1101,8 +1101,10 @@ def test_odd_names_end_in_no_fault(bench: Bench) -> None:
     kept = [f for f in turn.report["findings"] if "[id]" in f["path"] and f["severity"] == "first"]
     assert kept == []
     turn.repo.git("merge", "-q", turn.report["branch"])
+    turn.repo.git("branch", "-D", "agent/issue")  # the next has the name of a folder that is there
     again = turn.repo.run(
         "issue-to-pr", "issue.md", "--sandbox", "off", "--gate", "true", agent="touch y"
     )
+    assert again.status == 0 and "is checked out now" in again.out, again.out
     (look,) = re.findall(r"look at it: +(git show .*)", again.out)
     turn.repo.git(*shlex.split(look)[1:])
