@@ -971,9 +971,6 @@ IMPORTS = "from calc import double, half\n\n\ndef test_double():\n    assert dou
 IMPORTS += "def test_half():\n    assert half(6) == 3"
 HALF = f"{CALC}\n\n\ndef half(x):\n    return x // 2"
 SKIPS = f"{CALC}\n\n\ndef half(x):\n    raise SKIP"
-SHARED = "from calc import double\n\n\nclass Shared:\n"
-SHARED += "    def test_it(self):\n        assert double(3) == 6"
-INHERITS = "from shared import Shared\n\n\nclass TestIt(Shared):\n    pass"
 INSIDE = (
     "import sys\nfrom calc import double\n\nif sys.version_info > (3, 0):\n\n    def test_it():\n"
 )
@@ -995,7 +992,6 @@ UNASKED: dict[str, tuple[Files, str, str]] = {
         SKIPS.replace("SKIP", "__import__('unittest').SkipTest"),
         HALF,
     ),
-    "inherited": ({"shared.py": SHARED, "test_calc.py": INHERITS}, ANYTHING, CALC),
     "under a condition": ({"test_calc.py": INSIDE}, ANYTHING, CALC),
     "ends the twin": ({}, LEAVES, CALC),
     "knows the twin": ({}, KNOWS.replace("WRONG", WRONG), CALC),
@@ -1013,9 +1009,8 @@ def test_self_heal_rejects_green_whose_twin_was_not_seen_to_fail(bench: Bench, n
 LATER = ("pytest -q", "ruff check .")
 
 
-@pytest.mark.parametrize("steers", ["open('.ignore', 'w')", "open('.git/info/exclude', 'a')"])
-def test_code_does_not_steer_the_command_after_it(bench: Bench, steers: str) -> None:
-    code = f"{steers}.write('*.py\\n')\n\n\n{TRIPLE}"
+def test_code_does_not_steer_the_command_after_it(bench: Bench) -> None:
+    code = f"open('.ignore', 'w').write('*.py\\n')\n\n\n{TRIPLE}"
     bad: Files = {"calc.py": code, "unused.py": "import os", "test_triple.py": TRIPLE_TEST}
     assert bench.one("issue-to-pr", bad, gate=LATER).is_red
     assert bench.one("issue-to-pr", {**bad, "unused.py": "x = 1"}, gate=LATER).outcome == "proposed"
