@@ -730,8 +730,10 @@ def capture(run: Run, clone: Clone) -> tuple[str, list[Finding]]:
     apart = [f"--exclude=/{path}" for path in (*run.settings.carry, *run.lent)]
     listing = zsplit(private("ls-files", "-omz", "--exclude-standard", *apart, clone=clone))
     paths = [path for path in listing if not follows_link((clone.path / path).parent)]
-    told = os.fsdecode(call(["find", clone.path, "-type", "f", "-links", "+1", "-ls"])[1])
-    links = Counter(int(line.split()[0]) for line in told.splitlines())
+    links = Counter[int]()
+    if any((clone.path / p).is_file() and (clone.path / p).stat().st_nlink > 1 for p in paths):
+        told = os.fsdecode(call(["find", clone.path, "-type", "f", "-links", "+1", "-ls"])[1])
+        links = Counter(int(line.split()[0]) for line in told.splitlines())
     left_out = special | {path: why for path in paths if (why := unfit(clone, path, links))}
     left_out |= add_paths(private, clone, [path for path in paths if path not in left_out])
     if left_out:  # as the base has them
@@ -887,19 +889,18 @@ def run_gate(
         if not ready.passed:
             return (ready,)
         for command in commands or run.settings.gate:
+            if checks:
+                run.private("checkout-index", "-f", "-a", clone=clone, check=False)
             checks.append(run_check(run, clone, command, options=options))
+            planted = remove_planted(run, clone)
             if change and commit == change.commit:  # by a formatter, say: it is kept as a patch
                 run.rewritten = run.private(*words, clone=clone, check=False) or run.rewritten
-                run.planted |= tidy_up(run, clone)
-            else:
-                tidy_up(run, clone)
+                run.planted |= planted
     return tuple(checks)
 
 
-def tidy_up(run: Run, clone: Clone) -> set[str]:
-    """After a command, what it has rewritten is put back; what it wrote to steer the next one goes,
-    and is named."""
-    run.private("checkout-index", "-f", "-a", clone=clone, check=False)
+def remove_planted(run: Run, clone: Clone) -> set[str]:
+    """What a command wrote that would steer the next one."""
     new = zsplit(run.private("ls-files", "-oz", "--exclude-standard", clone=clone))
     steer = {path for path in new if is_setting(run, path) or path.endswith("ignore")}
     found = steer - run.gate_files  # which a later command is told to read
@@ -3005,8 +3006,9 @@ def cache_root(top: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    call(["chmod", "-R", "u+rwX", path])  # what an agent has locked
-    call(["rm", "-rf", path])
+    if call(["rm", "-rf", path])[0]:
+        call(["chmod", "-R", "u+rwX", path])  # what an agent has locked
+        call(["rm", "-rf", path])
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> Any:
@@ -3264,7 +3266,7 @@ class Git:
     def __init__(self, *where: str, config: Mapping[str, str] = {}, **more: str) -> None:
         foreign = r"GIT_(?!CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)$)"
         env = {k: v for k, v in os.environ.items() if not re.match(foreign, k)}
-        self.where, self.config = where, config
+        self.where, self.config, self.trees = where, config, dict[str, str]()
         self.env = env | GIT_ENV | config_env({**config, **SAFE_CONFIG}) | more
 
     def __call__(
@@ -3294,7 +3296,9 @@ class Git:
         return self(*words, stdin=message.encode()).strip()
 
     def tree_of(self, commit: str) -> str:
-        return self("rev-parse", f"{commit}^{{tree}}").strip()
+        if commit not in self.trees:
+            self.trees[commit] = self("rev-parse", f"{commit}^{{tree}}").strip()
+        return self.trees[commit]
 
     def file(self, name: str) -> bytes | None:
         """The bytes of a blob, also as COMMIT:PATH; None where there is none."""
