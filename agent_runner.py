@@ -1440,7 +1440,11 @@ def run_base_tests(run: Run, tree: str, commands: Sequence[str]) -> Tests | None
     if not commands:
         return {}
     verdict = judge_tree(run, commit_of(run, tree), commands=commands, options=options)
-    return None if any(check.fault == "usage" for check in verdict.checks) else verdict.against
+    against = verdict.against
+    lost = [name for name in all_functions(run.baseline) if file_of(name) in against]
+    against = {name: how for name, how in against.items() if "::" in name}
+    against |= dict.fromkeys(lost, "cannot run")  # its file cannot be collected
+    return None if any(check.fault == "usage" for check in verdict.checks) else against
 
 
 def commit_of(run: Run, tree: str) -> str:
