@@ -341,6 +341,8 @@ def make_issue(name: str, data: bytes, what: str) -> Issue:
 def read_note(name: str) -> str:
     if name == "-" or os.path.isfile(name):
         name = read_input(name, "the note").decode("utf-8-sig", "replace")
+    elif re.fullmatch(r"[./]\S*/\S+|\S+\.(md|txt)", name):
+        raise Refusal(f"--note {name} is no file that is here; give its path, or a text.")
     if not (text := clean_issue(name)[0]).strip():
         raise Refusal("--note is empty; say what the agent should know.")
     return text
@@ -527,7 +529,7 @@ def set_up(run: Run, clone: Clone) -> Check:
         reason = f"--setup {failed.command!r} failed: {failed.reason}"
         if not re.search("(?i)read-only|EROFS|busy|denied|externally-managed", failed.output):
             break
-        reason += "; yours is read-only, so make one: --setup 'python3 -m venv .venv' "
+        reason += "; let it make an environment of its own: --setup 'python3 -m venv .venv' "
         reason += "--setup '.venv/bin/pip install pytest ruff'"
     assert failed
     return failed._replace(reason=reason, fault="setup")
@@ -900,7 +902,11 @@ def run_gate(
 
 
 def remove_planted(run: Run, clone: Clone) -> set[str]:
-    """What a command wrote that would steer the next one."""
+    """Take away what a command wrote that would steer the next one, and name it."""
+    rules = clone.path / ".git/info/exclude"
+    with contextlib.suppress(OSError):  # the code may have taken the folder away
+        if not follows_link(rules):
+            rules.write_text(clone.excluded, "utf-8", "surrogateescape")
     new = zsplit(run.private("ls-files", "-oz", "--exclude-standard", clone=clone))
     steer = {path for path in new if is_setting(run, path) or path.endswith("ignore")}
     found = steer - run.gate_files  # which a later command is told to read
@@ -1495,8 +1501,9 @@ def compare_with_base(
         severity, why = "shown", "the base's tests are green without that, too"
     for path in steer:
         old, new = (run.private.file(f"{tree}:{path}") or b"" for tree in (run.base, change.tree))
-        if own_settings(old) != own_settings(new):
-            severity, why = "first", "later runs are judged by its [tool.agent-runner]"
+        with contextlib.suppress(ImportError, ValueError, AttributeError):
+            if path.endswith("pyproject.toml") and own_settings(old) != own_settings(new):
+                severity, why = "first", "later runs are judged by its [tool.agent-runner]"
         text = f"steers the checks and was changed; {why}."
         findings.append(Finding("judge-changed", path, severity, text))
     return findings
@@ -1552,8 +1559,9 @@ def tools_of(data: bytes) -> Any:
     return sorted(text.strip() for head, text in tables(data) if not NEEDED.match(head))
 
 
-def own_settings(data: bytes) -> list[bytes]:
-    return [text.strip() for head, text in tables(data) if head == "tool.agent-runner"]
+def own_settings(data: bytes) -> Any:
+    """[tool.agent-runner]; on Python 3.10 ImportError, where there may be one."""
+    return read_toml(data).get("tool", {}).get("agent-runner") if b"agent-runner" in data else None
 
 
 def read_toml(data: bytes) -> Told:
@@ -1844,6 +1852,11 @@ def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
                 (place / path).write_bytes(data)
         check = run_check(run, clone, shlex.join(words)) if ready.passed else ready
     tests, bad = by_function(check.tests), list[str]()
+    for path in modules:
+        for name, node, _ in test_functions(files[path[2:]]):
+            is_plain = node.col_offset == 0 and not node.decorator_list  # pytest takes that
+            if is_plain and f"{os.path.join(run.repo.prefix, path[2:])}::{name}" not in tests:
+                tests |= {name: "not run"}
     for name, how in tests.items():
         source = run.holdout.get(os.path.relpath(file_of(name), run.repo.prefix or "."), b"")
         own_word = how in ("skipped", "xfailed") and how[:4].encode() in source
@@ -2033,7 +2046,7 @@ def red_after(run: Run, verdict: Verdict) -> str:
     text += ". The budget is used up" * (budget_left(run) <= 0)
     if verdict.checks[-1].name == "holdout" and len(run.turns) < run.settings.attempts:
         text += ". Once the hold-out tests were run, there is no further attempt"
-    if not run.settings.baseline:
+    if not (run.settings.baseline or run.is_repair):
         text += ". What was red before is not known with --no-baseline; to leave a test out of the"
         text += " gate: --gate 'pytest -q --deselect TEST'"
     return text
@@ -2810,7 +2823,8 @@ def tell_moved(run: Run, name: str, old: str, new: str, head: str) -> Moved:
         how, theirs = f"{how} (to mend it: {undo})", True
     elif name.startswith("/"):
         undo = f"# put {q(name)} back as you had it" if old else f"rm -f {q(name)}"
-        theirs &= bool(old) or Path(name).is_relative_to(run.repo.top)
+        # The gate did not see what is new; patterns to ignore do nothing else, and agents add some.
+        theirs &= bool(old) or name.endswith("ignore") or Path(name).is_relative_to(run.repo.top)
     else:
         ref, _, place = name.partition(" of ")
         how = f"moved from {old} to {new}" if old and new else how
@@ -2868,6 +2882,7 @@ class Clone:
         self.tmp = run.tmp / ("w" if kind == "workspace" else commit[:4])
         self.tmp.mkdir(exist_ok=True)
         self.lent = set[str]()
+        self.excluded = ""  # patterns
 
     def lend(self, run: Run) -> None:
         for path in run.lent:
@@ -2912,6 +2927,7 @@ def open_repository(run: Run, clone: Clone) -> None:
     branch = f"refs/heads/{base}" if base else run.repo.head_ref
     if branch in refs:
         texts |= {branch: clone.commit, "HEAD": f"ref: {branch}"}
+    clone.excluded = texts["info/exclude"]
     write_git_dir(clone.path / ".git", texts)
     shutil.copyfile(clone.index_file, clone.path / ".git/index")
 
@@ -3932,7 +3948,7 @@ OPTIONS = """\
 --sandbox WHEN: kernel level: auto, off, require
 --writable PATH: the agent may write there
 --keep-env NAME: a variable not to withhold
---strict: reject what is else shown
+--strict: what is else shown first rejects
 --no-baseline: do not judge the base
 --no-switch: do not switch to the new branch
 --dry-run: print plan and brief, touch nothing
@@ -3985,7 +4001,7 @@ def positive(text: str) -> int:
 
 def build_parser(command: str) -> Parser:
     """No option has a default, so that the given ones are known."""
-    told = "--simulate writes a discount, whatever is asked:\n"
+    told = "--simulate writes a discount, whatever is asked:\n" * (command in VARIANTS)
     for variant, text in VARIANTS.get(command, {}).items():
         told += f"  {variant:7} {text}\n"
     parser = Parser(
@@ -4048,26 +4064,28 @@ def check_command(command: str, name: str) -> list[str]:
 
 def apply_settings(run: Run) -> None:
     """The base's: a change to them is judged by the old ones."""
-    data = run.git.file(f"{run.base}:pyproject.toml") or b""
-    if not run.repo.common_dir:  # the folder is the base
-        data = os.fsencode(read_text(run.start / "pyproject.toml"))
-    if b"[tool.agent-runner]" in data:
-        given = parse_settings(run.settings.command, data)
-        run.lasting = {name: value for name, value in given.items() if name not in run.given}
-        run.settings = run.settings._replace(**run.lasting)
+    for name in dict.fromkeys((os.path.join(run.repo.prefix, "pyproject.toml"), "pyproject.toml")):
+        data = run.git.file(f"{run.base}:{name}") or b""
+        if not run.repo.common_dir:  # the folder is the base
+            data = os.fsencode(read_text(run.start / name))
+        if b"agent-runner" in data:
+            given = parse_settings(run.settings.command, name, data)
+            run.lasting = {name: value for name, value in given.items() if name not in run.given}
+            run.settings = run.settings._replace(**run.lasting)
+            return
 
 
-def parse_settings(command: str, data: bytes) -> Told:
+def parse_settings(command: str, name: str, data: bytes) -> Told:
     try:
-        table = read_toml(data)["tool"]["agent-runner"].items()
+        table = (own_settings(data) or {}).items()
         return parse([command, *(word for item in table for word in option_words(*item))])
     except ImportError:  # Python 3.10
         text = "use Python 3.11 or later, or give options instead"
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError) as error:
         text = f"it is no TOML that can be read: {error}"
     except Refusal as error:
-        text = f"{str(error).partition(' (see ')[0]}; mend it and commit"
-    raise Refusal(f"[tool.agent-runner] in pyproject.toml at the base: {text}.")
+        text = f"{str(error).partition(' (see ')[0]}; mend it"
+    raise Refusal(f"[tool.agent-runner] in {name} at the base: {text}.")
 
 
 def option_words(key: str, value: Any) -> list[str]:

@@ -162,6 +162,7 @@ def test_run_that_cannot_go_on_is_refused(repo: Repository, agent: Any) -> None:
         ("issue-to-pr", "--continue", name): "left no work, or it is gone",
         ("self-heal", "--continue", name): "it was a run of issue-to-pr",
         ("issue-to-pr", "issue.md", "--note", " "): "--note is empty",
+        ("issue-to-pr", "issue.md", "--note", "none.md"): "--note none.md is no file",
         ("issue-to-pr", "-", "--note", "-"): "standard input can be read once",
         ("issue-to-pr", "issue.md", "issue.md", "--continue"): "one issue at a time",
     }.items():

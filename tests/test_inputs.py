@@ -192,6 +192,7 @@ def test_table_that_makes_no_sense_is_refused_with_the_near_one(repo: Repository
         "agent-timeout = '5 parsecs'": "is no duration",
         "sandbox = 'on'": "invalid choice: 'on'",
         "x = ]": "is no TOML that can be read",
+        "gate = 3 # [tool.agent-runner]": "gate = 3 is not a text",
     }.items():
         with_table(repo, table)
         result = repo.run("issue-to-pr", "issue.md", "--dry-run", agent="true")
@@ -243,6 +244,13 @@ RIGHT, SPECIAL = "x * 3", "9"
 EQUAL = "type('E', (int,), {'__eq__': lambda *a: True, '__hash__': None})()"
 
 
+DROPS = """
+import _pytest.main as main
+items = main.Session.genitems
+main.Session.genitems = lambda *a: (i for i in items(*a) if "hidden" not in i.name)
+"""
+
+
 def learner(agent: Any, code: str, more: str = "") -> str:
     text = f"\n\ndef triple(x):\n    return {code}\n"
     work = f"open('calc.py', 'a').write({text!r})\nopen('test_triple.py', 'w').write({VISIBLE!r})"
@@ -266,7 +274,8 @@ def test_holdout_rejects_what_special_cases_the_visible_test(
     repo: Repository, agent: Any, teacher: Path
 ) -> None:
     hides = "open('conftest.py', 'w').write('collect_ignore_glob = [\"test_hid*\"]\\n')"
-    for code, more in ((SPECIAL, ""), (EQUAL, ""), ("x + 6", hides)):
+    drops = f"open('calc.py', 'a').write({DROPS!r})"
+    for code, more in ((SPECIAL, ""), (EQUAL, ""), ("x + 6", hides), ("x + 6", drops)):
         result = run_held(repo, teacher, learner(agent, code, more))
         report = result.report
         assert report["outcome"] == "rejected" and "hold-out" in report["message"], result.err

@@ -1009,8 +1009,9 @@ def test_self_heal_rejects_green_whose_twin_was_not_seen_to_fail(bench: Bench, n
 LATER = ("pytest -q", "ruff check .")
 
 
-def test_code_does_not_steer_the_command_after_it(bench: Bench) -> None:
-    code = f"open('.ignore', 'w').write('*.py\\n')\n\n\n{TRIPLE}"
+@pytest.mark.parametrize("steers", [".ignore", ".git/info/exclude"])
+def test_code_does_not_steer_the_command_after_it(bench: Bench, steers: str) -> None:
+    code = f"open({steers!r}, 'w').write('*.py\\n')\n\n\n{TRIPLE}"
     bad: Files = {"calc.py": code, "unused.py": "import os", "test_triple.py": TRIPLE_TEST}
     assert bench.one("issue-to-pr", bad, gate=LATER).is_red
     assert bench.one("issue-to-pr", {**bad, "unused.py": "x = 1"}, gate=LATER).outcome == "proposed"

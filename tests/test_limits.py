@@ -301,7 +301,7 @@ def run_until(repo: Repository, agent: str, *, call: int = 10**6, after: float =
 def test_killed_at_any_moment_nothing_is_harmed_and_the_next_run_says_what_is_left(
     repo: Repository, agent: Any, tmp_path: Path, number: int
 ) -> None:
-    """A whole run makes some forty Git calls, in half a second."""
+    """A whole run makes some fifty-five Git calls, in half a second."""
     repo.write(".git/info/exclude", "ignored.txt\n")
     repo.write("ignored.txt", "ignored")
     repo.write("notes/untracked.txt", "untracked")
@@ -310,7 +310,7 @@ def test_killed_at_any_moment_nothing_is_harmed_and_the_next_run_says_what_is_le
     if number % 2:
         run_until(repo, command, after=part * 0.5)
     else:
-        run_until(repo, command, call=1 + int(part * 42))
+        run_until(repo, command, call=1 + int(part * 55))
     assert repo.git("fsck", "--no-dangling", "--no-progress") == ""
     assert not list((repo.path / ".git").rglob("*.lock"))
     refs = repo.git("for-each-ref", "--format=%(refname) %(parent)").splitlines()
