@@ -248,8 +248,8 @@ def self_heal(run: Run) -> Ending:
     with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
         run.baseline = verdict = judge_tree(run, run.base)
         if verdict.is_green and not verdict.notes:
-            checks = (*verdict.checks, *ask_holdout(run, run.base_tree))
-            run.baseline = verdict = verdict._replace(checks=checks)
+            held = [check._replace(tests=None) for check in ask_holdout(run, run.base_tree)]
+            run.baseline = verdict = verdict._replace(checks=(*verdict.checks, *held))
         colour = "red once, then green" if verdict.notes else "green"
         ended(f"the base is {colour if verdict.is_green else 'red, and red when asked again'}")
     if verdict.is_green and verdict.notes:
@@ -280,7 +280,7 @@ def self_heal(run: Run) -> Ending:
 # The issue is untrusted: the agent reads what a person who sees it rendered reads. Comments and
 # invisible characters are taken out. Markers with a hash of the text cannot be forged by it.
 
-COMMENT = r"<!--.*?(?:-->|\Z)|^ {0,3}\[[^]\n]+\]:[ \t]*(?:#|<#?>)[^\n]*$"
+COMMENT = r"<!--.*?(?:-->|\Z)|^ {0,3}\[[^]\n]+\]:[ \t]*(?:#|<#?>)[ \t]*[(\"'][^\n]*$"
 CODE_OR_COMMENT = re.compile(
     r"(?ms)(?P<code>^(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?"
     r"(?:^ {0,3}(?P=fence)(?:(?<=`)`*|(?<=~)~*)[ \t]*$|\Z)"
@@ -306,7 +306,7 @@ def read_input(name: str, what: str) -> bytes:
             return handle.read(64 * ISSUE_LIMIT)  # a log may be long
     except OSError as error:
         raise Refusal(
-            f"{what} cannot be read ({error.strerror}); give the path of a file"
+            f"{what} cannot be read ({error.strerror}); give the path of a file, or - for standard input"
         ) from None
 
 
@@ -673,9 +673,10 @@ def put_back_others(run: Run, base: str, whole: str) -> tuple[str, list[Finding]
         back += [entry] * (judges or is_supervisors(run, path))
     tree = build_tree(private, whole, back)
     again = (run.settings.command, "--continue", run.name, "--allow")
-    for path in entries_of(private, whole, tree):
+    for path, entry in entries_of(private, whole, tree).items():
+        what = "was left out" if entry.startswith("0 ") else "was put back"
         why = "steers tools or agents" if is_supervisors(run, path) else "judges the repair"
-        text = f"was put back: it {why}. To let it in: {command_line(run, *again, path)}"
+        text = f"{what}: it {why}. To let it in: {command_line(run, *again, path)}"
         found.append(Finding("put-back", path, "shown", text))
     return tree, found
 
@@ -717,7 +718,7 @@ def is_judges(run: Run, path: str) -> bool:
 def is_test_data(run: Run, path: str) -> bool:
     """Is this a file that tests name and no code does: what they compare with?"""
     if path.endswith((".py", ".pyi", ".md", ".rst")) or len(run.sides) > 500:
-        return False
+        return not path.endswith((".py", ".pyi", ".md", ".rst"))  # too many to ask for each
     if path not in run.sides:
         words = ("grep", "-lzF", "-e", os.path.basename(path), run.base, "--", "*.py")
         places = re.findall(r":([^\0]+)", run.private(*words, check=False))
@@ -848,7 +849,7 @@ def read_files(private: Git, base: str, tree: str) -> tuple[FileChange, ...]:
 
 LAUNCHER = re.compile(
     r"(python[\d.]*|pypy[\d.]*|uvx?|poetry|pdm|hatch|rye|pipenv|pipx|pixi|conda|mamba"
-    r"|coverage|env|time|timeout|nice|xvfb-run|dotenv)$"
+    r"|coverage|env|time|timeout|nice|nohup|stdbuf|xvfb-run|dotenv)$"
 )
 BAD = ("failed", "error")
 RED_BEFORE = "is red, as it was before the change"
@@ -990,7 +991,7 @@ def read_report(path: Path, run: Run, clone: Clone) -> Tests | None:
             outcome = "xfailed" if told["skipped"] == "pytest.xfail" else "skipped"
         inside, name = case.get("classname") or "", case.get("name") or ""
         place = module_of(inside or name, case.get("file") or "", run, clone)
-        test = one_line("::".join([*place, name] if inside else place), 500)
+        test = one_line("::".join([*place, name] if inside else place), 500) or "pytest"
         if tests.get(test) not in BAD:  # the same name again tells of its teardown
             tests[test] = outcome
     return tests
@@ -1128,6 +1129,11 @@ def against_tests(
         wanted = outcome == "passed" or (run.is_repair and outcome in BAD)
         if wanted and became != "passed" and file_of(name) not in edited:
             against[name] = BECAME[became]
+    for name, outcome in known.items():  # one parameter of several
+        became, wanted = tests.get(name, ""), outcome == "passed" or run.is_repair
+        hidden = became in ("skipped", "xfailed") and became != outcome
+        if hidden and wanted and file_of(name) not in edited:
+            against[name.partition("[")[0]] = f"{BECAME[became]} ({name.partition('[')[2][:-1]})"
     for name, outcome in now.items():
         if outcome in BAD and (run.is_repair or before.get(name) not in BAD):
             against[name] = BECAME[outcome]
@@ -1383,7 +1389,10 @@ def make_plan(run: Run, change: Change) -> Plan:
     for file in change.files:
         for path in {file.path, file.old_path}:
             is_new = path == file.path and file.status in "AR"
-            if is_setting(run, path):
+            beside = os.path.dirname(path) in map(os.path.dirname, run.tested_files)
+            if is_new and beside and path.endswith("__init__.py"):
+                plan.added.add(path)  # it makes a package of the tests, which runs first
+            elif is_setting(run, path):
                 plan.settings.add(path)
             elif is_judges(run, path):
                 (plan.added if is_new else plan.edited).add(path)
@@ -1413,6 +1422,7 @@ class Other(NamedTuple):
     against: Tests = {}  # noqa: RUF012
     red: tuple[Check, ...] = ()
     unasked: str = ""  # why it could not be asked
+    decided: Tests = {}  # noqa: RUF012  (tests that settings and conftest.py alone turn)
 
 
 def ask_base_judge(run: Run, change: Change, plan: Plan) -> Other:
@@ -1437,7 +1447,11 @@ def ask_base_judge(run: Run, change: Change, plan: Plan) -> Other:
         against = run_base_tests(run, tree, asked)
     if against is None:
         return Other({n: "cannot run" for n, o in all_functions(run.baseline).items()}, red)
-    return Other(against, red, unasked)
+    decided = Tests()
+    if against and hooks and plan.edited:
+        tree = with_paths_of(run.private, settings_back, run.base_tree, hooks)
+        decided = run_base_tests(run, tree, asked) or decided
+    return Other(against, red, unasked, decided)
 
 
 def run_base_tests(run: Run, tree: str, commands: Sequence[str]) -> Tests | None:
@@ -1449,8 +1463,11 @@ def run_base_tests(run: Run, tree: str, commands: Sequence[str]) -> Tests | None
     against = verdict.against
     lost = [name for name in all_functions(run.baseline) if file_of(name) in against]
     against = {name: how for name, how in against.items() if "::" in name}
-    against |= dict.fromkeys(lost, "cannot run")  # its file cannot be collected
-    return None if any(check.fault == "usage" for check in verdict.checks) else against
+    if any(check.fault == "usage" for check in verdict.checks):
+        return None
+    if any(check.tests is None for check in verdict.checks):  # the code ended pytest, say
+        lost = [*all_functions(run.baseline)]
+    return against | dict.fromkeys(lost, "cannot run")  # nor what cannot be collected
 
 
 def commit_of(run: Run, tree: str) -> str:
@@ -1482,7 +1499,8 @@ def compare_with_base(
         text = "steers the checks; with --no-baseline it was not asked what they say without that."
         return [Finding("judge-changed", path, "first", text) for path in steer]
     helpers = any(not TEST_MODULE.search(path) for path in plan.edited)
-    explained = {name for name in other.against if file_of(name) in plan.edited or helpers}
+    explained = {name for name in other.against if file_of(name) in plan.edited}
+    explained |= other.against.keys() - other.decided.keys() if helpers else set()
     explained = set() if run.is_repair else explained
     findings = edited_tests(change, plan, explained)
     told = [f"{name} {how}" for name, how in sorted(other.against.items()) if name not in explained]
@@ -1659,7 +1677,7 @@ TURNED = {"Lt": "GtE", "GtE": "Lt", "Gt": "LtE", "LtE": "Gt", "NotEq": "Eq", "Is
 TURNED |= {"NotIn": "In", "In": "NotIn"}
 
 
-def contradict_last(body: Sequence[Any]) -> bool:
+def contradict_last(body: list[Any]) -> bool:
     """Turn the last comparison that a test is sure to make into its opposite; False without one.
 
     The last literal is altered, an expected value that is none replaced, an operator turned.
@@ -1669,23 +1687,36 @@ def contradict_last(body: Sequence[Any]) -> bool:
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             test = test.values[-1]
         is_with = isinstance(node, (ast.With, ast.AsyncWith))
-        if is_with and not re.search("(?i)raises|warns", ast.dump(node.items[0])):
+        if is_with and not re.search("(?i)raises|warns", "".join(map(ast.dump, node.items))):
             if contradict_last(node.body):
                 return True
-        elif isinstance(node, ast.Assert) and isinstance(test, ast.Compare):
-            kind = type(test.ops[-1])
-            sides = [test.left, *test.comparators] if kind in (ast.Eq, ast.Is, ast.In) else []
-            if not alter_literal(sides):
-                if kind in (ast.Eq, ast.Is):
-                    test.comparators[-1] = ast.parse("object()", mode="eval").body
-                else:
-                    test.ops[-1] = getattr(ast, TURNED[kind.__name__])()
+        elif isinstance(node, ast.For) and contradict_last(node.body):
+            node.body.insert(0, ast.parse("entered = 1").body[0])
+            body.append(ast.parse("entered").body[0])  # fails, too, where the loop is empty
             return True
-        elif COMPARES.search(name_of(test)) and alter_literal(getattr(test, "args", [])):
+        elif isinstance(node, ast.Assert) and isinstance(test, ast.Compare):
+            contradict_comparison(test)
+            return True
+        elif COMPARES.search(name_of(test)) and alter_literal(getattr(test, "args", [])[:2]):
             return True
     return False
 
 
+def contradict_comparison(test: ast.Compare) -> None:
+    kind, sides = type(test.ops[-1]), [test.left, *test.comparators]
+    if kind in (ast.Eq, ast.Is) and not alter_literal(sides):
+        other = ast.parse(OTHER.format(opposite(0), opposite(""))).body[0]
+        other.value.args = [sides[-1]]  # type: ignore[attr-defined]
+        test.comparators[-1] = other.value  # type: ignore[attr-defined]
+    elif kind is ast.In and alter_literal([test.left]):
+        pass
+    elif kind not in (ast.Eq, ast.Is):
+        test.ops[-1] = getattr(ast, TURNED[kind.__name__])()
+
+
+# What an expected value that is not written out becomes when the twin runs.
+OTHER = "(lambda v: v + {} if type(v) in (int, float) else v + {!r} if type(v) is str"
+OTHER += " else object())()"
 COMPARES = re.compile(r"is_?close|all_?close|equal$|assertIs$|_called.*_with$", re.IGNORECASE)
 
 
@@ -1696,30 +1727,40 @@ def name_of(called: Any) -> str:
 
 def alter_literal(nodes: Sequence[Any]) -> bool:
     """Alter the last literal of values that are written out; False where there is none."""
+    is_near = not any(name_of(node) == "approx" for node in nodes)
     for node in reversed(nodes):
-        inner = getattr(node, "elts", getattr(node, "values", []))
-        if isinstance(node, ast.UnaryOp):
+        inner: Sequence[Any] = []
+        if isinstance(node, (ast.List, ast.Tuple, ast.Dict)):
+            inner = getattr(node, "elts", getattr(node, "values", []))
+        elif isinstance(node, ast.UnaryOp):
             inner = [node.operand]
         elif isinstance(node, ast.Call) and name_of(node) == "approx":
-            inner = node.args[:1]
-        if isinstance(node, ast.Constant) and node.value is not Ellipsis:
-            node.value = opposite(node.value)
-            return True
-        if alter_literal(inner):
+            return alter_constant(node.args[:1], is_near=False)
+        if alter_constant([node], is_near=is_near) or alter_literal(inner):
             return True
     return False
 
 
-def opposite(value: Any) -> Any:
-    """Another value of the same kind, a new one each time, that no tolerance takes for the same."""
-    some = int.from_bytes(os.urandom(2), "big") + 2
+def alter_constant(nodes: Sequence[Any], *, is_near: bool) -> bool:
+    for node in nodes:
+        if isinstance(node, ast.Constant) and node.value is not Ellipsis:
+            node.value = opposite(node.value, is_near=is_near)
+            return True
+    return False
+
+
+def opposite(value: Any, *, is_near: bool = True) -> Any:
+    """Another value of the same kind, a new one each time: near, but no tolerance that is usual
+    takes it for the same; or far."""
+    some = int.from_bytes(os.urandom(1), "big") % 90 + 1
     if value is None or isinstance(value, bool):
         return some if value is None else not value
     if isinstance(value, bytes):
         return value + b"%d" % some
     if isinstance(value, str):
         return f"{value}{some}"
-    far = value + some * (abs(value) + 1_000_003)
+    step = abs(value) / 1000 + 1 if is_near else abs(value) + 1_000_003
+    far = value + some * (int(step) if isinstance(value, int) else step)
     return far if far != value else 0  # infinity
 
 
@@ -1815,6 +1856,7 @@ def unshown(
     if not shows and not run.is_repair:
         unseen = plan.biting or run.baseline is None
         why = "what tests say without it was not seen" if unseen else "no test fails without it"
+        why = "what it changes among the tests was not run" if plan.added | plan.edited else why
         why = "its tests pass without it, too" if tried else why
         text = f"no test shows what this change does: {why}."
         yield Finding("no-proof", "", "first" if has_code(change) else "shown", text)
@@ -1867,7 +1909,7 @@ def run_holdout(run: Run, tree: str, *, twins: bool) -> Check:
         reason = f"{len(bad)} of {len(tests)} hold-out tests pass even when told the opposite"
     passed = not bad and (twins or check.passed)
     reason = "passed" if passed else reason if bad else check.reason
-    return check._replace(name="holdout", passed=passed, reason=reason, tests=None)
+    return check._replace(name="holdout", passed=passed, reason=reason)
 
 
 # What only the text suggests: six facts of added code, told by Python's parser. As reasons to
@@ -1890,7 +1932,7 @@ TOKENS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(A[KS]IA[0-9A-Z]{16}\b|gh[pousr]_[A-Za-z0-9]{36}"
     r"|github_pat_\w{40}|gl(pat|rt|dt)-[\w-]{20}|x(ox[abposr]|app)-[\w-]{10}"
     r"|sk-(?=[\w-]{0,40}\d)[\w-]{20}|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}"
-    r"|pypi-AgE[\w-]{20}|hf_[A-Za-z0-9]{30})"
+    r"|pypi-AgE[\w-]{20}|hf_[A-Za-z0-9]{30}|[rs]k_live_\w{16}|dop_v1_\w{40}|SG\.[\w-]{20})"
 )
 
 
@@ -1940,6 +1982,11 @@ def file_facts(run: Run, file: FileChange) -> Iterator[Finding]:
     if file.status != "D" and (file.binary or file.size > LARGE):
         kind = "binary" if file.binary else "large"
         yield Finding(kind, path, "shown", f"is {kind} ({size_text(file.size)}).")
+    if TEST_MODULE.search(file.old_path) and file.status != "A" and is_allowed(run, file.old_path):
+        text = (
+            "an existing test was changed, as --allow lets it. See that it expects what is right."
+        )
+        yield Finding("test-changed", file.old_path, "first", text)
     if file.status not in "AD" and file.mode != file.old_mode:
         text = f"its mode was changed from {file.old_mode[-3:]} to {file.mode[-3:]}."
         yield Finding("mode", path, "shown", text)
@@ -2098,7 +2145,7 @@ def switch_to(run: Run, branch: str) -> bool:
     why = "it moved during the run"
     if (now.head, now.head_ref) == (repo.head, repo.head_ref):
         edits = edits_in(run, paths)
-        why = f"your edits are in its way ({edits})" if edits else ""
+        why = f"the checkout has uncommitted changes ({edits})" if edits else ""
     if not why:
         try:
             git("switch", "-q", "--no-guess", "--no-overwrite-ignore", branch)
@@ -2117,7 +2164,7 @@ def switch_to(run: Run, branch: str) -> bool:
 def edits_in(run: Run, paths: Iterable[str]) -> str:
     """What a switch could lose; a filter or a flag may hide it from Git."""
     edits = run.git("status", "--short", "-uno", "--ignore-submodules=all")
-    for path in paths:
+    for path in () if edits else paths:
         place = run.repo.top / path
         if place.is_file() and not place.is_symlink():
             old = run.git("cat-file", "--filters", f"{run.repo.head}:{path}", check=False)
@@ -2396,6 +2443,8 @@ def say_ending(run: Run, ending: Ending, story: Iterable[tuple[str, Rows]]) -> N
 def mention_the_rest(run: Run, ending: Ending) -> None:
     files = ending.change.files if ending.change else ()
     scraps = [one_line(f.path) for f in files if f.status == "A" and not re.search("/|py$", f.path)]
+    if run.settings.simulate and run.is_repair and ending.branch:
+        run.mentions.append("the branch holds the planted red build too; it is for looking at")
     if scraps:
         run.mentions.append(f"new at the top, leftovers perhaps: {', '.join(scraps[:10])}")
     switch = f"git switch {ending.branch} && " if ending.branch and not ending.switched else ""
@@ -2524,7 +2573,8 @@ def way_texts(run: Run, turn: Turn) -> Sequence[str]:
 # shows the clone in the repository's place and hides the rest. Afterwards it is verified.
 
 WITHHELD = re.compile(
-    r"(GH|GL|GIT(HUB|LAB|EA)|FORGEJO|CI)_(\w+_)?(TOKEN|PASSWORD|PAT|JWT\w*)$|CI_REPOSITORY"
+    r"(GH|GL|GIT(HUB|LAB|EA)|FORGEJO|CODEBERG|BITBUCKET|TEA|CI)_(\w+_)?"
+    r"(TOKEN|PASSWORD|PAT|JWT\w*|SSH_\w+)$|CI_REPOSITORY|OPENCODE$"
     r"|(GITHUB|GITEA|FORGEJO)_(ENV|OUTPUT|PATH|STATE|STEP_SUMMARY)$|AGENT_RUNNER_|(GH|GLAB)_CONFIG"
     r"|(SSH|SUDO)_A|GIT_|ACTIONS_|CODEX_(SANDBOX|THREAD)|CLAUDECODE|CLAUDE_CODE_(ENTRY|SSE)"
     r"|GEMINI_CLI$|PYTHONPYCACHE"
@@ -2701,8 +2751,8 @@ def machine_args(run: Run, writable: bool) -> list[str]:
     args = [*NAMESPACE, *mounts("bind", *free, *sorted(above)), *mounts("ro-bind", *fixed)]
     hidden = [*map(in_home, STORES.split()), *map(Path, run.settings.holdout), *others]
     hidden.append(Path(os.environ.get("SSH_AUTH_SOCK", nothing)))
-    if run.before and not writable:  # settings that have appeared steer no judge
-        hidden += [path for path in watched_files(run) if str(path) not in run.before]
+    if not writable:  # settings that have appeared steer no judge
+        hidden += outside_settings(run) - run.outside
     if writable:
         args += mounts("bind", *(run.start / os.path.expanduser(p) for p in run.settings.writable))
     for path in (*hidden, run.folder.parent, run.tmp.parent):
@@ -2715,6 +2765,14 @@ def machine_args(run: Run, writable: bool) -> list[str]:
         if (folder / "info/alternates").exists():  # they would lead in a circle
             args += ["--ro-bind", nothing, f"{seen}/info/alternates"]
     return args
+
+
+def outside_settings(run: Run) -> set[Path]:
+    """Where tools look for settings: HOME, its .config, and the folders above the repository."""
+    config = in_home(".config")
+    folders = {home_folder(), config, *config.glob("*"), *run.repo.top.parents}
+    found = {path for folder in folders for path in folder.glob("*") if path.is_file()}
+    return {path for path in found if path.name[0] == "." or SETTINGS.fullmatch(path.name)}
 
 
 def judge_ground(run: Run) -> list[Path]:
@@ -3078,6 +3136,7 @@ class Run:
     given: Told
     lasting: Mapping[str, Any] = {}  # those of pyproject.toml
     git_guard: dict[str, str]
+    outside: set[Path]
     agent: list[str]
     commands: list[list[str]]  # of the gate
     note_given = log = bwrap = no_kernel = workspace_tree = folder_tree = rewritten = ""
@@ -3150,7 +3209,8 @@ class Run:
 
     @property
     def records(self) -> Path:
-        outside = cache_root(self.repo.top) / "records" / str(self.repo.top).replace("/", "-")
+        name = hashlib.sha256(os.fsencode(self.repo.top)).hexdigest()[:16]
+        outside = cache_root(self.repo.top) / "records" / name
         return (self.repo.common_dir or outside) / "agent-runner"
 
     @property
@@ -3609,9 +3669,11 @@ def run_guarded(run: Run, job: Job, on_line: Callable[[str], None] | None = None
         nonlocal tail, rest, total
         chunk = os.read(out.fileno(), kept) if select([out], [], [], 0.05)[0] else b""
         tail, total = (tail + chunk)[-kept:], total + len(chunk)
-        *lines, rest = re.split(rb"[\r\n]+", rest[-kept:] + chunk)
-        for line in lines:
-            show(line.decode("utf-8", "replace"))
+        *lines, last = re.split(rb"[\r\n]+", chunk)
+        for line in lines if total <= kept else lines[-1:]:
+            show((rest + line).decode("utf-8", "replace"))
+            rest = b""
+        rest = (rest + last)[-kept:]
         return bool(chunk)
 
     try:
@@ -3631,6 +3693,8 @@ def run_guarded(run: Run, job: Job, on_line: Callable[[str], None] | None = None
         end = time.monotonic() + GRACE  # whoever still holds the pipe does not hold us
         while read() and time.monotonic() < end:
             pass
+        if rest:
+            show(rest.decode("utf-8", "replace"))
         out.close()
         process.wait()
     text = plain(tail.decode("utf-8", "replace"))
@@ -3710,7 +3774,8 @@ class Console:
             start, command = re.findall(r"^((?:  (?:\w+ )?│ )? *)([\w ]+:  )?", line)[0]
             how = {"subsequent_indent": start, "break_long_words": "│" in start}
             whole = command or start == "    " or not self.live
-            lines += ([] if whole else wrap(line, self.columns, **how)) or [line]
+            wrapped = [] if whole else wrap(line, self.columns, break_on_hyphens=False, **how)
+            lines += wrapped or [line]
         text = "\n".join(lines)
         bold = bold and self.live and not os.environ.get("NO_COLOR")
         self.write(f"\x1b[1m{text}\x1b[0m\n" if bold else f"{text}\n")
@@ -3775,9 +3840,12 @@ def run_several(run: Run) -> Told:
             for child, is_heard in list(children.items()):  # one that is silent cannot take it yet
                 child.send_signal(error.args[0]) if is_heard else child.kill()
     run.console.say("\nTogether:")
-    for told in (reports := [future.result() for future in work]):
+    reports, width = [future.result() for future in work], max(map(len, issues))
+    for told in reports:
         what = told["outcome"] or f"exit {told['exit_code']}"
-        run.console.say(f"  {told['issue']:9} {what:12}  {told['branch'] or told['message']}")
+        where = f"{told['branch']}  {len(told.get('files') or ())} files"
+        where = where if told["branch"] else one_line(told["message"], 160)
+        run.console.say(f"  {told['issue']:{width}}  {what:12}  {where}")
     conflicts = compare_proposals(run, [told["branch"] for told in reports if told["branch"]])
     status = status or max(told["exit_code"] for told in reports)
     return {"exit_code": status, "runs": reports, "conflicts": conflicts}
@@ -3818,7 +3886,7 @@ def compare_proposals(run: Run, branches: list[str]) -> list[Told]:
         tree, *files = zsplit(run.git(*words, "--no-messages", *pair, check=False)) or [""]
         text = "merge cleanly together" if tree else "need Git 2.38 to be compared"
         if files:
-            text = f"conflict in {', '.join(files[:5])}"
+            text = f"conflict in {', '.join(files[:5])}: merge one, then run the other again"
             found.append({"branches": [*pair], "files": files})
         run.console.say(f"  {' and '.join(pair)} {text}")
     return found
@@ -3971,7 +4039,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         word = re.search(r"arguments: ([^ =]+)", message)
         near = near_option(word[1]) if word else ""
-        raise Refusal(f"{message}{near} (see agent_runner.py --help)")
+        raise Refusal(f"{message}{near} (see python3 agent_runner.py --help)")
 
 
 def near_option(word: str) -> str:
@@ -4181,8 +4249,11 @@ def read_holdout(run: Run) -> None:
     for place in places:
         root, inside = (place.parent, [place]) if place.is_file() else (place, place.rglob("*"))
         files = {str(file.relative_to(root)): file for file in inside if file.is_file()}
-        why = "" if any(map(TEST_MODULE.search, files)) else "holds no test module (test_*.py)"
-        if place.is_relative_to(top) or top.is_relative_to(place):
+        why = "holds no test module (test_*.py); give the folder of the tests, or a test's file"
+        why = why * (not any(map(TEST_MODULE.search, files)))
+        listed = ("ls-files", "--", f":(top,literal){os.path.relpath(place, top)}")
+        is_inside = place.is_relative_to(top) and (not run.repo.common_dir or run.git(*listed))
+        if is_inside or top.is_relative_to(place):
             why = "lies where the agent sees it; move it out of the repository"
         for path in [] if why else [path for path in files if not other.search(path)]:
             there = run.git.file(f"{run.base}:{os.path.join(run.repo.prefix, path)}")
@@ -4247,6 +4318,7 @@ def prepare(run: Run) -> None:
     announce(run, environment)
     check_gate(run)
     run.lent, run.git_guard = find_lent(run), write_guard(run)
+    run.outside = outside_settings(run)
     run.instructions = find_instructions(run)
     run.private.commit(f"{run.base}^{{tree}}", run.base, "Try to sign\n", sign=True)
     if reason := run.private.unsigned:
@@ -4263,6 +4335,7 @@ def announce(run: Run, environment: str) -> None:
     agent = one_line(os.environ.get("AGENT_CMD", ""))
     if variant := settings.simulate:
         agent = f"simulated, {variant}: {VARIANTS[settings.command][variant]}. It reads no issue."
+        notes += ["a red build is planted on top of the base"] * run.is_repair
     if not run.bwrap:
         notes.append(f"not refused by the kernel: {run.no_kernel}")
         notes.append("your other files are safe only from an agent that does not look for them")
@@ -4274,13 +4347,14 @@ def announce(run: Run, environment: str) -> None:
         ("base", f"{run.base[:12]} ({on})"),
         ("running in", run.repo.prefix),
         ("environment", environment),
-        ("settings of pyproject.toml", ", ".join(run.lasting)),
+        ("settings of pyproject.toml", ", ".join(run.lasting).replace("_", "-")),
         ("guard", ", ".join(run.levels)),
         ("agent", agent),
         *(("note", note) for note in (*notes, *killed_runs(run))),
     ):
         if text:
             run.console.say(f"  {what}: {text}")
+    run.mentions.clear()  # these are told
 
 
 def dry_run(run: Run) -> Ending:
