@@ -305,9 +305,8 @@ def read_input(name: str, what: str) -> bytes:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as handle:
             return handle.read(64 * ISSUE_LIMIT)  # a log may be long
     except OSError as error:
-        raise Refusal(
-            f"{what} cannot be read ({error.strerror}); give the path of a file, or - for standard input"
-        ) from None
+        remedy = "give the path of a file, or - for standard input"
+        raise Refusal(f"{what} cannot be read ({error.strerror}); {remedy}.") from None
 
 
 def read_issue(run: Run, name: str) -> Issue:
@@ -969,6 +968,8 @@ def failure_of(
         return f"{len(bad)} of {len(tests)} tests failed", "tests"
     if bad or ran.status:
         return f"exit status {ran.status} with {len(bad)} failed tests: they do not agree", ""
+    if any(li[:1] == li[-1:] == "!" and "Exit: " in li for li in ran.output.split("\n")):
+        return "the test session was ended early by pytest.exit", ""
     return ("", "") if "passed" in tests.values() else ("no test passed", "")
 
 
