@@ -3014,7 +3014,8 @@ def layer_environment(user: Path, own: Path) -> None:
     shutil.copytree(user / "bin", own / "bin", symlinks=True)
     shutil.copyfile(user / "pyvenv.cfg", own / "pyvenv.cfg")
     for program in own.glob("bin/*"):
-        text = b"" if program.is_symlink() else program.read_bytes()
+        is_script = program.is_file() and not program.is_symlink()  # no __pycache__
+        text = program.read_bytes() if is_script else b""
         if text.startswith(b"#!"):
             program.write_bytes(text.replace(os.fsencode(user), os.fsencode(own)))
     for site in user.glob(SITES):

@@ -218,6 +218,7 @@ def test_checkout_supplies_no_code(repo: Repository, tmp_path: Path, way: str, l
 @pytest.mark.parametrize("level", LEVELS)
 def test_environment_of_the_setup_wins(repo: Repository, level: str) -> None:
     repo.write(".venv/bin/tool", "#!/bin/sh\nexit 1\n", mode=0o755)
+    repo.write(".venv/bin/__pycache__/tool.pyc", "")
     repo.write(".venv/pyvenv.cfg", "home = /usr/bin\n")
     repo.write(".gitignore", ".venv/\n")
     repo.commit()
