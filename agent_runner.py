@@ -3135,29 +3135,33 @@ def user_base() -> Path:
 
 
 class Run:
-    given: Told
+    given: Told  # the options, as they were given
     lasting: Mapping[str, Any] = {}  # those of pyproject.toml
     git_guard: dict[str, str]
-    outside: set[Path]
+    outside: set[Path]  # settings outside the repository, as they were at the start
     agent: list[str]
     commands: list[list[str]]  # of the gate
-    note_given = log = bwrap = no_kernel = workspace_tree = folder_tree = rewritten = ""
+    note_given = log = ""  # for the agent
+    bwrap = no_kernel = ""  # its path, or why not
+    workspace_tree = folder_tree = ""  # before the agent; outside Git, of the user's
+    rewritten = ""  # by the gate, in its own checkout: a patch
     issue: Issue | None = None
     earlier: Earlier | None = None
-    instructions: tuple[str, str] | None = None
+    instructions: tuple[str, str] | None = None  # path and text
     environment: Path | None = None
     lent: tuple[str, ...] = ()
-    levels: Sequence[str] = ()
-    addresses: Sequence[str] = ()
-    remotes: Sequence[Path] = ()
+    levels: Sequence[str] = ()  # of the guard, in force
+    addresses: Sequence[str] = ()  # of the repository's remotes
+    remotes: Sequence[Path] = ()  # those that are folders here
     config_files: Collection[Path] = ()
     workspace: Clone | None = None
     baseline: Verdict | None = None
     moved: Sequence[Moved] = ()
-    kept: str | None = None
+    kept: str | None = None  # the ref of the work
     record: Path | None = None
     lock: Any = None
-    makes_own = keep_folder = False
+    makes_own = False  # the setup makes an environment of its own in each clone
+    keep_folder = False
 
     def __init__(self, settings: Settings, repo: Repo, console: Console, signals: Signals) -> None:
         self.settings, self.repo, self.console, self.signals = settings, repo, console, signals
