@@ -1579,8 +1579,13 @@ def tools_of(data: bytes) -> Any:
 
 
 def own_settings(data: bytes) -> Any:
-    """[tool.agent-runner]; on Python 3.10 ImportError, where there may be one."""
-    return read_toml(data).get("tool", {}).get("agent-runner") if b"agent-runner" in data else None
+    """[tool.agent-runner]; on Python 3.10 ImportError, where there seems to be one."""
+    try:
+        return read_toml(data).get("tool", {}).get("agent-runner")
+    except ImportError:
+        if re.search(rb"(?m)tool\s*\.\s*[\"']?agent-runner|^\s*agent-runner\s*\.", data):
+            raise
+        return None
 
 
 def read_toml(data: bytes) -> Told:
@@ -2399,8 +2404,9 @@ def build_report(run: Run, ending: Ending, steps: Rows) -> Told:
 
 
 def well_formed(value: Any, mask: Callable[[str], str]) -> Any:
-    """Secrets are masked, and bytes that are no text replaced."""
-    return json.loads(mask(json.dumps(value, ensure_ascii=False)).encode("utf-8", "replace"))
+    """Secrets are masked, and bytes that are no text spelled out."""
+    text = mask(json.dumps(value, ensure_ascii=False))
+    return json.loads(re.sub("[\ud800-\udfff]", lambda part: rf"\\u{ord(part[0]):x}", text))
 
 
 def finish(run: Run, ending: Ending) -> Told:
