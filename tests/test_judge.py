@@ -399,6 +399,33 @@ def test_what_only_new_tests_turn_green_is_rejected(bench: Bench, name: str) -> 
     assert turn.is_red and "decides the verdict" in turn.text
 
 
+DIES = f"import os\nif 'ALIVE' not in os.environ:\n    os._exit(0)\n{CALC}"
+ALIVE = "import os\nos.environ['ALIVE'] = ''\n"
+PATCHES = "import calc\ncalc.double = lambda x: x * 2\n"
+NEEDED_TO_LIVE: dict[str, Files] = {
+    "by a conftest.py": {"calc.py": DIES, "conftest.py": ALIVE},
+    "by a new test": {"calc.py": DIES, "test_a.py": ALIVE},
+}
+
+
+@both
+@each(NEEDED_TO_LIVE)
+def test_code_that_ends_the_bases_own_tests_is_rejected(
+    bench: Bench, command: str, name: str
+) -> None:
+    base: Files = {} if command == "issue-to-pr" else {"calc.py": WRONG}
+    turn = bench.one(command, NEEDED_TO_LIVE[name], base=base)
+    assert turn.is_red and "decides the verdict" in turn.text
+
+
+def test_package_made_of_the_tests_folder_that_decides_is_rejected(bench: Bench) -> None:
+    base: Files = {"calc.py": WRONG, "test_calc.py": None, "checks/test_calc.py": TEST}
+    change: Files = {"checks/__init__.py": PATCHES, "calc.py": f"{WRONG}\n"}
+    gate = f"{PYTHON} -m pytest -q"
+    turn = bench.one("self-heal", change, base=base, gate=gate)
+    assert turn.is_red and "checks/__init__.py: decides the verdict" in turn.text
+
+
 def test_issue_to_pr_rejects_what_only_a_new_test_turns_green(bench: Bench) -> None:
     turn = bench.one("issue-to-pr", TESTS_PATCH["module"])
     assert turn.outcome == "rejected" and "decides the verdict" in turn.text
@@ -600,6 +627,11 @@ def test_in(): assert 6 in [double(3)]
 def test_near(): assert abs(double(3) - 6) < 0.1
 def test_between(): assert 5 < double(3) < 7
 def test_not(): assert double(3) != 5 and double(3) >= 6
+def test_loop():
+    for n in (3,): assert double(n) == 6
+def test_variable():
+    six = 3 + 3
+    assert double(3) == six
 """
 
 
@@ -607,7 +639,7 @@ def test_self_heal_rejects_an_object_that_agrees_with_all(bench: Bench) -> None:
     files: Files = {"calc.py": AGREES.replace("WRONG", WRONG)}
     turn = bench.one("self-heal", files, base={"test_calc.py": AGREED})
     told = turn.report["proof"]["contradicted"]
-    assert turn.outcome == "gave-up" and {*told.values()} == {"passed"} and len(told) == 4
+    assert turn.outcome == "gave-up" and {*told.values()} == {"passed"} and len(told) == 6
 
 
 def test_issue_to_pr_shows_green_that_means_nothing_first(bench: Bench) -> None:
@@ -630,6 +662,7 @@ ASSERTED = (
     *("double(1.5) == pytest.approx(3.0, abs=0.1)", 'bytes([double(3)]) == b"\\x06"'),
     *("(double(3) == 6) is True", "not double(0)", "double(3) in (6,)", "double(3) != 5"),
     *("6 in [double(3)]", "5 not in [double(3)]", "'6' in str(double(3)) + '!'"),
+    *("double(3) in (6, 7)", 'double(3) in {6: "a", 7: "b"}', "str(double(3)) in '678'"),
     *(
         "double(3) >= 6",
         "5 < double(3) < 7",
@@ -682,6 +715,8 @@ class TestUnit(unittest.TestCase):
         self.assertEqual(double(3), 6)
     def test_equal_inside_raises(self):
         with self.assertRaises(ValueError): self.assertEqual(double(None), 6)
+    def test_raises_beside_another(self):
+        with contextlib.nullcontext(), pytest.raises(ValueError): assert double(None) == 6
     def test_subtests(self):
         for n in range(4):
             with self.subTest(n=n): self.assertEqual(double(n), 2 * n)
