@@ -2778,8 +2778,9 @@ def outside_settings(run: Run) -> set[Path]:
     """Where tools look for settings: HOME, its .config, and the folders above the repository."""
     config = in_home(".config")
     folders = {home_folder(), config, *config.glob("*"), *run.repo.top.parents}
-    found = {path for folder in folders for path in folder.glob("*") if path.is_file()}
-    return {path for path in found if path.name[0] == "." or SETTINGS.fullmatch(path.name)}
+    paths = {path for folder in folders for path in folder.glob("*")}
+    named = {path for path in paths if path.name[0] == "." or SETTINGS.fullmatch(path.name)}
+    return {path for path in named if path.is_file()}
 
 
 def judge_ground(run: Run) -> list[Path]:
@@ -3614,7 +3615,7 @@ def call(
     """Run a command of our own: its exit status, output and errors."""
     how: Any = {"input": stdin, "capture_output": True, "timeout": limit, "env": env}
     try:  # in a session of its own, so that a Ctrl-C reaches only us
-        done = subprocess.run(argv, start_new_session=True, **how)
+        done = subprocess.run(argv, check=False, start_new_session=True, **how)
     except FileNotFoundError:
         text = f"{argv[0]} was not found; install it (Git: 2.34+), or mend PATH."
         raise Refusal(text) from None
