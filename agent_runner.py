@@ -12,9 +12,10 @@ The agent never works in your repository: it gets a disposable clone, the worksp
 never works where the agent did: the change is read out of the workspace by Git running in a
 directory that the agent cannot reach, and the gate runs in another clone, the clean checkout, of
 exactly that tree. A branch is made in one place only, `propose_pr`. Nothing in this file merges or
-pushes: that is for a person who has read the proposal.
+pushes: that is for a person who has read the proposal. The network stays open to the agent, which
+must reach its model; logins are withheld from it (see "guard").
 
-Read the section "flows" first. Both flows end, on every way, in `propose_pr` or in `hand_over`;
+Read the section "flows" first. Both flows end, on every path, in `propose_pr` or in `hand_over`;
 the sections after it say how each step is done, in the order in which they are taken.
 """
 
@@ -61,7 +62,7 @@ OUTCOMES = {"proposed": 0, "already-green": 0, "rejected": 1, "gave-up": 2, "ref
 OUTCOMES |= {"agent-failed": 4, "rule-broken": 5, "interrupted": 130}
 FAULT = 70  # EX_SOFTWARE of sysexits(3)
 ISSUE_LIMIT = 1 << 20  # bytes
-HUGE, LARGE = 100_000_000, 5_000_000  # bytes: what no forge takes; what a reviewer should know
+HUGE, LARGE = 100_000_000, 5_000_000  # bytes: what no forge (GitHub, GitLab) takes; what to tell
 GRACE = 2.0  # seconds between TERM and KILL
 RECORDS = 50  # that are kept
 SITES = "lib/python*/site-packages"  # of an environment
@@ -85,6 +86,8 @@ Told = dict[str, Any]  # what a report, a forge or an option says, as data
 
 
 class Settings(NamedTuple):
+    """The options of a run; --help says what each does."""
+
     command: str
     issue: tuple[str, ...] = ()
     simulate: str | None = None
@@ -92,7 +95,7 @@ class Settings(NamedTuple):
     gate: tuple[str, ...] = DEFAULT_GATE
     agent_timeout: float = 1800.0
     gate_timeout: float = 600.0
-    budget: float | None = None  # seconds
+    budget: float | None = None  # seconds, of all the agent's turns together
     holdout: tuple[str, ...] = ()
     log: str | None = None
     continued: str | None = None  # a run; "" is the last one
@@ -248,6 +251,7 @@ def self_heal(run: Run) -> Ending:
     with run.console.step(f"the gate judges the base: {'; '.join(run.settings.gate)}") as ended:
         run.baseline = verdict = judge_tree(run, run.base)
         if verdict.is_green and not verdict.notes:
+            # Without their tests, which no change is compared with.
             held = [check._replace(tests=None) for check in ask_holdout(run, run.base_tree)]
             run.baseline = verdict = verdict._replace(checks=(*verdict.checks, *held))
         colour = "red once, then green" if verdict.notes else "green"
@@ -1618,14 +1622,17 @@ def test_functions(source: Any) -> list[tuple[str, Any, str]]:
 
     def walk(node: Any, inside: str) -> None:
         for part in ast.iter_child_nodes(node):
-            is_test = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
+            name = f"{inside}{getattr(part, 'name', '')}"
+            is_function = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
             if isinstance(part, ast.ClassDef):
-                walk(part, f"{inside}{part.name}::")
-            elif is_test and part.name.startswith("test"):  # type: ignore[attr-defined]
-                found.append((f"{inside}{part.name}", part, ast.dump(part)))  # type: ignore[attr-defined]
+                walk(part, f"{name}::")
+            elif is_function and name.startswith(f"{inside}test"):
+                found.append((name, part, ast.dump(part)))
             elif isinstance(part, (ast.If, ast.Try, ast.With)):
                 walk(part, inside)
 
+    if isinstance(source, bytes) and len(source) > LARGE // 5:  # its tree would fill the memory
+        return found
     with contextlib.suppress(*UNREADABLE):
         walk(source if isinstance(source, ast.Module) else ast.parse(source or b""), "")
     return found
@@ -3663,36 +3670,52 @@ def signal_all(is_meant: Callable[[Path], bool]) -> None:
                     found = True
 
 
+class Output:
+    """What a process prints: its last part, in bounded memory, and its lines, handed on."""
+
+    limit = 1 << 17  # bytes
+    tail = rest = b""
+    total = 0
+
+    def __init__(self, stream: Any, on_line: Callable[[str], None] | None) -> None:
+        self.stream, self.on_line = stream, on_line or (lambda line: None)
+
+    def read(self) -> bool:
+        """Take what is there or comes in a moment; False when nothing did."""
+        from select import select
+
+        ready = select([self.stream], [], [], 0.05)[0]
+        chunk = os.read(self.stream.fileno(), self.limit) if ready else b""
+        self.total += len(chunk)
+        self.tail = (self.tail + chunk)[-self.limit :]
+        *lines, last = re.split(rb"[\r\n]+", chunk)
+        for line in lines if self.total <= self.limit else lines[-1:]:
+            self.on_line((self.rest + line).decode("utf-8", "replace"))
+            self.rest = b""
+        self.rest = (self.rest + last)[-self.limit :]
+        return bool(chunk)
+
+    def text(self) -> str:
+        if self.rest:
+            self.on_line(self.rest.decode("utf-8", "replace"))
+        text, left_out = plain(self.tail.decode("utf-8", "replace")), self.total - len(self.tail)
+        return f"[… {size_text(left_out)} left out …]\n{text}" if left_out else text
+
+
 def run_guarded(run: Run, job: Job, on_line: Callable[[str], None] | None = None) -> Ran:
     """Run a command that we do not trust, to its end or its limit, and end all that it started."""
-    from select import select
-
-    started, mark, kept = time.monotonic(), job.env["AGENT_RUNNER_JOB"].encode(), 1 << 17
+    started, mark, is_late = time.monotonic(), job.env["AGENT_RUNNER_JOB"].encode(), False
     how: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
         with open(job.stdin or os.devnull, "rb") as stdin:
             process = subprocess.Popen(job.argv, cwd=job.cwd, env=job.env, stdin=stdin, **how)
     except OSError as error:
         return Ran(None, f"{job.argv[0]}: {error.strerror}", 0.0)
-    out: Any = process.stdout
-    tail, rest, total, is_late, show = b"", b"", 0, False, on_line or str
-
-    def read() -> bool:
-        """Keep the last part of what it prints, and hand its lines on."""
-        nonlocal tail, rest, total
-        chunk = os.read(out.fileno(), kept) if select([out], [], [], 0.05)[0] else b""
-        tail, total = (tail + chunk)[-kept:], total + len(chunk)
-        *lines, last = re.split(rb"[\r\n]+", chunk)
-        for line in lines if total <= kept else lines[-1:]:
-            show((rest + line).decode("utf-8", "replace"))
-            rest = b""
-        rest = (rest + last)[-kept:]
-        return bool(chunk)
-
+    output = Output(process.stdout, on_line)
     try:
         while process.poll() is None and not (is_late or run.stop.is_set()):
             run.console.tick()
-            if not read():
+            if not output.read():
                 time.sleep(0.002)  # it may have closed its output
             is_late = time.monotonic() > started + job.limit
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -3704,16 +3727,11 @@ def run_guarded(run: Run, job: Job, on_line: Callable[[str], None] | None = None
         if not run.bwrap:
             signal_all(lambda process: mark in (process / "environ").read_bytes())
         end = time.monotonic() + GRACE  # whoever still holds the pipe does not hold us
-        while read() and time.monotonic() < end:
+        while output.read() and time.monotonic() < end:
             pass
-        if rest:
-            show(rest.decode("utf-8", "replace"))
-        out.close()
+        output.stream.close()
         process.wait()
-    text = plain(tail.decode("utf-8", "replace"))
-    if total > kept:
-        text = f"[… {size_text(total - kept)} left out …]\n{text}"
-    return Ran(process.returncode, text, time.monotonic() - started, is_late)
+    return Ran(process.returncode, output.text(), time.monotonic() - started, is_late)
 
 
 # ----------------------------------------------------------------------------------------- output
